@@ -1,0 +1,68 @@
+"""Shared fixtures: a tiny random Llama with the real tokenizer for speed, the real model where the claim is about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The checkout's root."""
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The real base model, converted once into data/models/."""
+    from finegrid.data.demo import convert_model
+
+    folder = PROJECT / "data/models/SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors").exists():
+        convert_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def insuranceqa_dir() -> Path:
+    """The demo's raw files, made once into data/raw/insuranceqa/."""
+    from finegrid.data.demo import export_insuranceqa
+
+    folder = PROJECT / "data/raw/insuranceqa"
+    if not (folder / "train.jsonl.gz").exists():
+        export_insuranceqa(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(smollm2_dir: Path, tmp_path_factory) -> Path:
+    """A random Llama of 2 layers and hidden size 64 with SmolLM2's tokenizer and chat template."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""Analysis: scores of all runs, arms with intervals, paired comparisons with verdicts."""

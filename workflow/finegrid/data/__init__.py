@@ -1,0 +1,1 @@
+"""Data strategy: import, clean and tokenise a data set, losing nothing silently."""

@@ -1,0 +1,1 @@
+"""Publication: LaTeX tables, numbers.tex and the HTML report."""

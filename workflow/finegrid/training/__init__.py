@@ -1,0 +1,1 @@
+"""Training: model, collation, the loss over label tokens, history and checkpoints."""
