@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random Llama with the real tokenizer for speed, the real model where the claim is about it."""
+"""Shared fixtures: a tiny random Llama with the real tokenizer for speed, the real model for claims about it."""
 
 from __future__ import annotations
 
