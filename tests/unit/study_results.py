@@ -73,7 +73,7 @@ def _plan(arms: int, seeds: list[int], levels: int, chinese: bool) -> dict:
         runs.append(_planned(run, name, "base", {}, None, run, train=False))
     for index in range(arms):
         method = list(METHODS)[index] if index < 3 else "lora"
-        rank = 8 if index < 3 else 2 ** (index % 10) + index
+        rank = 8 if index < 3 else 2 * index + 4
         name = method if index < 3 else f"lora-r{rank}"
         label = METHODS[method][0] if index < 3 else f"LoRA, rank {rank}"
         if chinese:
@@ -353,47 +353,17 @@ def _token_report(rng) -> dict:
 
 
 def _write_comparison(study: Path, plan: dict) -> None:
-    arms, comparisons, chosen = [], [], {}
-    for arm in plan["arms"]:
-        runs = [
-            r for r in plan["runs"] if r["arm"] == arm["arm"] and r["tuned"].get("learning_rate") in (None, "0.001")
-        ]
-        metrics = [json.loads((study / "metrics" / f"{r['run']}.json").read_text("utf-8"))["splits"] for r in runs]
-        base = json.loads((study / "metrics" / f"{arm['base']}.json").read_text("utf-8"))["splits"]
-        chosen[arm["arm"]] = runs[0]["tuned"]
-        row = {"arm": arm["arm"], "label": arm["label"]} | arm["factors"] | runs[0]["tuned"]
-        row |= {"seeds": len(runs), "examples": metrics[0]["test"]["examples"]}
-        for m in ("loss", *SCORES):
-            value = float(np.mean([split["test"][m] for split in metrics]))
-            row |= {m: value, f"{m}_low": value * 0.9, f"{m}_high": value * 1.1}
-        paths = [study / "training" / f"{r['run']}.json" for r in runs]
-        summaries = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
-        for key in ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters"):
-            row[key] = float(np.mean([s[key] for s in summaries])) if summaries else None
-        row["validation_loss"] = float(np.mean([split["validation"]["loss"] for split in metrics]))
-        row["base_validation_loss"] = base["validation"]["loss"]
-        arms.append(row)
-    reference = next(row for row in arms if row["arm"] == plan["compare"]["baseline"])
-    for metric in (plan["compare"]["metric"], "loss"):
-        for row in arms:
-            if row is not reference:
-                d = row[metric] - reference[metric]
-                verdict = (
-                    ("better" if (d > 0) == (metric != "loss") else "worse") if abs(d) > 0.01 else "not distinguishable"
-                )
-                new = {
-                    "metric": metric,
-                    "arm": row["arm"],
-                    "baseline": reference["arm"],
-                    "difference": d,
-                    "low": d - 0.01,
-                }
-                new |= {"high": d + 0.01, "p": 0.01, "p_adjusted": 0.04, "verdict": verdict, "seeds": row["seeds"]}
-                comparisons.append(new | {"examples": row["examples"], "smallest_detectable_difference": 0.012})
-    names = list(dict.fromkeys(key for row in arms for key in row))
-    _table(study / "comparison" / "arms.tsv", [{name: row.get(name) for name in names} for row in arms])
-    _table(study / "comparison" / "comparisons.tsv", comparisons)
-    _json(study / "comparison" / "comparison.json", {"baseline": reference["arm"], "selected": chosen, "findings": []})
+    from finegrid.analysis.compare import compare
+
+    runs = [run["run"] for run in _unique(plan["runs"])]
+    compare(
+        study / "plan.json",
+        [study / "metrics" / f"{run}.json" for run in runs],
+        [study / "runs" / run / "predictions.jsonl" for run in runs],
+        study / "comparison",
+        training=[path for run in runs if (path := study / "training" / f"{run}.json").exists()],
+        resamples=500,
+    )
 
 
 def _json(path: Path, value) -> None:

@@ -1,0 +1,424 @@
+"""The stage `compare`: from the scores of all runs to arms with intervals and differences with verdicts.
+
+Reads `plan.json`, the metrics and predictions of every run, and the training summaries; writes `arms.tsv`,
+`comparisons.tsv` and `comparison.json`. Tuned levels are chosen on validation alone; the test split is read once,
+for the level chosen. The statistics are in :mod:`finegrid.analysis.comparison`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from finegrid.analysis import comparison
+from finegrid.analysis.scores import METRICS, Plan, Run, Scores, load_plan, load_scores, load_training
+from finegrid.errors import UserError
+
+COSTS = ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters")
+LOWER_IS_BETTER = frozenset({"loss"})
+EMPTY_SHARE = 0.1  # more empty predictions than this are a finding
+
+
+@dataclass(frozen=True)
+class Level:
+    """One tuned level of an arm: its runs and what validation says of it."""
+
+    tuned: dict[str, str]
+    runs: list[Run]
+    validation: float  # mean over seeds of `compare.select` on validation; NaN if a run diverged
+    diverged: list[str]
+
+
+def compare(
+    plan: Path,
+    metrics: list[Path],
+    predictions: list[Path],
+    output: Path,
+    training: Iterable[Path] = (),
+    resamples: int = 10_000,
+) -> dict:
+    """Compare the arms of a study and write the three files of the comparison into `output`.
+
+    Args:
+        plan: the study's `plan.json`.
+        metrics: `metrics/<run>.json` of every planned run, in any order.
+        predictions: `runs/<run>/predictions.jsonl` of every planned run.
+        output: folder of `arms.tsv`, `comparisons.tsv`, `comparison.json`; made if need be.
+        training: `training/<run>.json` summaries, for the costs; runs without one have empty cost columns.
+        resamples: of the bootstrap.
+
+    Returns:
+        What `comparison.json` holds: selected levels, statistics, findings.
+
+    Raises:
+        UserError: runs are missing, were not scored on the same examples, or lack the metric that is compared.
+    """
+    wanted = load_plan(plan)
+    scores = load_scores(wanted, metrics, predictions)
+    summaries = load_training(training)
+    if wanted.metric != "loss" and wanted.metric not in scores.values:
+        raise UserError(
+            f"{plan}: compare.metric: no run has {wanted.metric} on {scores.split}; "
+            "expected generated answers (evaluation.generate), or metric: loss"
+        )
+    levels = {arm.arm: _levels(wanted, arm.arm, scores) for arm in wanted.arms}
+    chosen = {arm: _best(wanted, arm, tried) for arm, tried in levels.items()}
+    _same_seeds(wanted, chosen)
+    arms = _arms_table(wanted, chosen, scores, summaries, resamples)
+    differences = _comparisons_table(wanted, chosen, scores)
+    result = {
+        "study": wanted.study,
+        "baseline": wanted.baseline,
+        "metric": wanted.metric,
+        "margin": wanted.margin,
+        "select": wanted.select,
+        "split": scores.split,
+        "metrics_version": next(iter(scores.metrics.values())).get("metrics_version"),
+        "selected": {arm: _selection(chosen[arm], levels[arm]) for arm in levels},
+        "statistics": _statistics(resamples, differences),
+        "findings": _findings(wanted, levels, chosen, scores, arms, differences),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "arms.tsv", _tsv(arms))
+    _write(output / "comparisons.tsv", _tsv(differences))
+    _write(output / "comparison.json", json.dumps(_finite(result), ensure_ascii=False, indent=2) + "\n")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- tuned levels
+
+
+def _levels(plan: Plan, arm: str, scores: Scores) -> list[Level]:
+    """The arm's tuned levels in the plan's order; an arm that is not tuned has one."""
+    grouped: dict[tuple, list[Run]] = {}
+    for run in plan.runs_of(arm):
+        grouped.setdefault(tuple(sorted(run.tuned.items())), []).append(run)
+    if not grouped:
+        raise UserError(f"plan: arm {arm} has no run; expected at least one")
+    return [_level(runs, plan.select, scores) for runs in grouped.values()]
+
+
+def _level(runs: list[Run], select: str, scores: Scores) -> Level:
+    runs = sorted(runs, key=lambda run: (run.seed is not None, run.seed))
+    measured = [_validation(scores, run.run, select) for run in runs]
+    losses = scores.nll[scores.rows(run.run for run in runs)]
+    sound = [
+        (value is None or math.isfinite(value)) and bool(np.isfinite(row).all())
+        for value, row in zip(measured, losses, strict=True)
+    ]
+    diverged = [run.run for run, ok in zip(runs, sound, strict=True) if not ok]
+    usable = not diverged and None not in measured
+    return Level(runs[0].tuned, runs, float(np.mean(measured)) if usable else float("nan"), diverged)
+
+
+def _validation(scores: Scores, run: str, metric: str) -> float | None:
+    """The run's value of a metric on validation: None if it was not measured, NaN if it is no number."""
+    measured = scores.metrics[run]["splits"].get("validation", {})
+    if metric not in measured:
+        return None
+    return float("nan") if measured[metric] is None else float(measured[metric])
+
+
+def _best(plan: Plan, arm: str, tried: list[Level]) -> Level:
+    """The level with the best validation value; the first one where all diverged."""
+    if len(tried) == 1:
+        return tried[0]
+    if not any(math.isfinite(level.validation) or level.diverged for level in tried):
+        raise UserError(
+            f"plan: arm {arm}: {len(tried)} tuned levels, but no run has {plan.select} on validation; "
+            "expected a validation split to choose by (data_config.val_file or validation_size)"
+        )
+    sign = 1 if plan.select in LOWER_IS_BETTER else -1
+    return min(tried, key=lambda level: sign * level.validation if math.isfinite(level.validation) else math.inf)
+
+
+def _same_seeds(plan: Plan, chosen: dict[str, Level]) -> None:
+    """Refuse arms that can't be paired with the baseline by seed; models without training have no seed."""
+    expected = _seeds(chosen[plan.baseline])
+    found = {arm: _seeds(level) for arm, level in chosen.items()}
+    expected = expected or next((seeds for seeds in found.values() if seeds), [])
+    problems = [
+        f"plan: arm {arm} has seeds {seeds}; expected {expected} as the other arms, to pair run by run"
+        for arm, seeds in found.items()
+        if seeds and seeds != expected
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _seeds(level: Level) -> list[int]:
+    return [run.seed for run in level.runs if run.seed is not None]
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _arms_table(plan: Plan, chosen: dict[str, Level], scores: Scores, summaries: pd.DataFrame, resamples: int):
+    """One row an arm: its factors, chosen level, every metric with its interval, and what it cost."""
+    rows = []
+    for arm in plan.arms:
+        level = chosen[arm.arm]
+        row = {"arm": arm.arm, "label": arm.label} | arm.factors | level.tuned
+        row |= {"seeds": len(_seeds(level)), "examples": len(scores.ids)}
+        rows.append(row | dict.fromkeys(f"{m}{end}" for m in METRICS for end in ("", "_low", "_high")))
+    cells = [(row, name) for row in range(len(rows)) for name in METRICS if name == "loss" or name in scores.values]
+    columns, errors, weights = [], [], []
+    for row, name in cells:
+        values, divisor = _values(scores, chosen[plan.arms[row].arm], name)
+        rows[row][name], error = comparison.mean_and_error(values, divisor)
+        columns.append(values.mean(axis=0))
+        errors.append(error)
+        weights.append(divisor)
+    intervals = comparison.bootstrap_intervals(np.column_stack(columns), errors, weights, resamples)
+    for (row, name), (low, high) in zip(cells, intervals, strict=True):
+        if name == "exact_match" and rows[row][name] in (0.0, 1.0):
+            low, high = comparison.proportion_interval(rows[row][name], len(scores.ids))
+        # A score is at least 0 and at most 1, a loss at least 0: so are the ends of its interval.
+        top = math.inf if name == "loss" else 1.0
+        rows[row][f"{name}_low"], rows[row][f"{name}_high"] = np.clip([low, high], 0.0, top)
+    for arm, row in zip(plan.arms, rows, strict=True):
+        row |= _costs(chosen[arm.arm], summaries)
+        row["validation_loss"] = _mean_validation_loss(scores, [run.run for run in chosen[arm.arm].runs])
+        row["base_validation_loss"] = _mean_validation_loss(scores, [arm.base] if arm.base in scores.runs else [])
+    return pd.DataFrame(rows)[list(dict.fromkeys(key for key in _ordered(rows)))]
+
+
+def _ordered(rows: list[dict]) -> list[str]:
+    """Columns of all rows: names, factors and tuned levels of any arm first, then what every row has."""
+    first = [key for row in rows for key in row if key not in rows[0]]
+    keys = list(rows[0])
+    at = keys.index("seeds")
+    return keys[:at] + first + keys[at:]
+
+
+def _values(scores: Scores, level: Level, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values (seeds, examples) and the weights of a ratio: the loss is nll over label tokens, over the whole split."""
+    rows = scores.rows(run.run for run in level.runs)
+    if name == "loss":
+        return scores.nll[rows], scores.label_tokens
+    return scores.values[name][rows], None
+
+
+def _costs(level: Level, summaries: pd.DataFrame) -> dict[str, float | None]:
+    found = summaries.reindex([run.run for run in level.runs])
+    costs = {name: pd.to_numeric(found[name]).mean() if name in found else None for name in COSTS}
+    return {name: None if value is None or pd.isna(value) else float(value) for name, value in costs.items()}
+
+
+def _mean_validation_loss(scores: Scores, runs: list[str]) -> float | None:
+    losses = [_validation(scores, run, "loss") for run in runs]
+    return None if not losses or None in losses else float(np.mean(losses))
+
+
+def _comparisons_table(plan: Plan, chosen: dict[str, Level], scores: Scores) -> pd.DataFrame:
+    """Every arm against the baseline: the primary metric, which is the family of Holm's method, then the loss."""
+    tables = []
+    for name in dict.fromkeys([plan.metric, "loss"]):
+        primary = name == plan.metric
+        tables.append(_family(plan, chosen, scores, name, plan.margin if primary else None))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _family(plan: Plan, chosen: dict[str, Level], scores: Scores, name: str, margin: float | None) -> pd.DataFrame:
+    reference, weights = _values(scores, chosen[plan.baseline], name)
+    rows, differences = [], []
+    for arm in plan.arms:
+        if arm.arm == plan.baseline:
+            continue
+        values, _ = _values(scores, chosen[arm.arm], name)
+        difference = comparison.paired_difference(values, reference, margin, weights)
+        differences.append(difference)
+        rows.append({"metric": name, "arm": arm.arm, "baseline": plan.baseline, "difference": difference.difference})
+        seeds = max(len(_seeds(chosen[arm.arm])), len(_seeds(chosen[plan.baseline])))
+        rows[-1] |= {"low": difference.low, "high": difference.high, "p": difference.p, "p_adjusted": math.nan}
+        rows[-1] |= {"verdict": "not distinguishable", "seeds": seeds, "examples": len(scores.ids)}
+        rows[-1]["smallest_detectable_difference"] = difference.smallest_detectable
+    # A diverged arm has no number: it is no member of the family and gets no verdict of its own.
+    tested = [index for index, difference in enumerate(differences) if math.isfinite(difference.p)]
+    for index, adjusted in zip(tested, comparison.holm([differences[i].p for i in tested]), strict=True):
+        rows[index]["p_adjusted"] = adjusted
+        rows[index]["verdict"] = comparison.verdict(differences[index], adjusted, name in LOWER_IS_BETTER)
+    columns = ["metric", "arm", "baseline", "difference", "low", "high", "p", "p_adjusted", "verdict"]
+    return pd.DataFrame(rows, columns=[*columns, "seeds", "examples", "smallest_detectable_difference"])
+
+
+# -------------------------------------------------------------------------------------------------- findings
+
+
+def _findings(
+    plan: Plan,
+    levels: dict[str, list[Level]],
+    chosen: dict[str, Level],
+    scores: Scores,
+    arms: pd.DataFrame,
+    differences: pd.DataFrame,
+) -> list[dict[str, str]]:
+    """What a reader must know before believing the tables, as the plan's findings: severity, place, message, mend."""
+    found = [*_about_seeds(chosen), *_about_divergence(levels)]
+    for arm in arms.to_dict("records"):
+        found += _about_learning(arm)
+        found += _about_edges(arm["arm"], levels[arm["arm"]], chosen[arm["arm"]])
+        found += _about_empty(arm["arm"], chosen[arm["arm"]], scores)
+    if scores.split == "validation" and any(len(tried) > 1 for tried in levels.values()):
+        found.append(
+            _finding(
+                "warning",
+                "compare",
+                "tuned levels were chosen on the examples that are compared: tuned arms look better than they are",
+                "compare on a test split (evaluation.split: test)",
+            )
+        )
+    primary = differences[differences["metric"] == plan.metric]
+    blind = primary[primary["smallest_detectable_difference"] > (plan.margin or math.inf)]
+    if len(blind):
+        largest = blind["smallest_detectable_difference"].max()
+        found.append(
+            _finding(
+                "warning",
+                "compare.margin",
+                f"{len(blind)} of {len(primary)} comparisons could see only differences in {plan.metric} larger than "
+                f"the margin {plan.margin:g} (up to {largest:.2g}): no verdict there does not mean no difference",
+                "add seeds or test examples",
+            )
+        )
+    return found
+
+
+def _finding(severity: str, place: str, message: str, mend: str) -> dict[str, str]:
+    return {"severity": severity, "place": place, "message": message, "mend": mend}
+
+
+def _about_seeds(chosen: dict[str, Level]) -> list[dict[str, str]]:
+    counts = {len(_seeds(level)) for level in chosen.values()} - {0}
+    if counts == {1}:
+        message = (
+            "one seed: intervals and p-values cover the examples only; they speak of these trained models and can't "
+            "claim that one method beats another, since the spread between seeds was not measured"
+        )
+        return [_finding("warning", "seeds", message, "add seeds: three or more")]
+    if counts == {2}:
+        message = (
+            "two seeds: the spread between seeds is known from one difference each, so intervals are wide where "
+            "seeds disagree, and real differences may stay not distinguishable"
+        )
+        return [_finding("warning", "seeds", message, "add a third seed: it narrows the seeds' part threefold")]
+    return []
+
+
+def _about_divergence(levels: dict[str, list[Level]]) -> list[dict[str, str]]:
+    found = []
+    for arm, tried in levels.items():
+        whole = all(level.diverged for level in tried)
+        for level in tried:
+            for run in level.diverged:
+                rest = "the arm has no number" if whole else "its level was not chosen"
+                message = f"run {run} diverged: its loss is not a finite number; {rest}"
+                mend = "lower the learning rate or warm up longer"
+                found.append(_finding("error" if whole else "warning", f"arm {arm}", message, mend))
+    return found
+
+
+def _about_learning(arm: dict) -> list[dict[str, str]]:
+    loss, base = arm["validation_loss"], arm["base_validation_loss"]
+    if not arm["seeds"] or loss is None or base is None or not loss >= base:
+        return []
+    message = f"validation loss {loss:.3f} is not below its base model's {base:.3f}: training did not help"
+    return [_finding("warning", f"arm {arm['arm']}", message, "train longer, or try other learning rates")]
+
+
+def _about_edges(arm: str, tried: list[Level], chosen: Level) -> list[dict[str, str]]:
+    """A best level at the end of its range: a better one may lie beyond."""
+    found = []
+    for factor, level in chosen.tuned.items():
+        numbers = sorted({number for other in tried if (number := _number(other.tuned.get(factor))) is not None})
+        value = _number(level)
+        if len(numbers) < 2 or value not in (numbers[0], numbers[-1]):
+            continue
+        side, beyond = ("largest", value * value / numbers[-2])
+        if value == numbers[0]:
+            side, beyond = ("smallest", value * value / numbers[1])
+        message = f"best {factor} {level} is the {side} that was tried: a better one may lie beyond"
+        mend = f"add a level near {beyond:.2g}" if beyond > 0 else f"add a {side[:-3]}er level"
+        found.append(_finding("warning", f"arm {arm}: tune.{factor}", message, mend))
+    return found
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _about_empty(arm: str, level: Level, scores: Scores) -> list[dict[str, str]]:
+    split = [scores.metrics[run.run]["splits"].get(scores.split, {}) for run in level.runs]
+    empty, asked = sum(s.get("empty_predictions") or 0 for s in split), sum(s.get("examples") or 0 for s in split)
+    if empty <= EMPTY_SHARE * asked:
+        return []
+    message = f"{empty} of {asked} generated answers are empty and score 0"
+    return [_finding("warning", f"arm {arm}", message, "look at the chat template and at generation_config")]
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def _selection(chosen: Level, tried: list[Level]) -> dict:
+    return {
+        "tuned": chosen.tuned,
+        "runs": [run.run for run in chosen.runs],
+        "validation": chosen.validation,
+        "levels": [
+            {
+                "tuned": level.tuned,
+                "runs": [run.run for run in level.runs],
+                "validation": level.validation,
+                "diverged": level.diverged,
+            }
+            for level in tried
+        ],
+    }
+
+
+def _statistics(resamples: int, differences: pd.DataFrame) -> dict:
+    """The settings of the statistics, in words that a methods section can use."""
+    return {
+        "unit": "scores of single examples, paired by example and seed",
+        "confidence": 1 - comparison.ALPHA,
+        "arms": "hierarchical bootstrap: seeds (t with S-1 degrees of freedom), then examples (with replacement)",
+        "resamples": resamples,
+        "rng_seed": comparison.RNG_SEED,
+        "differences": "two-way random effects (seeds x examples), Behrens-Fisher distribution of the mean",
+        "adjustment": "Holm over the arms compared in one metric; the primary metric is the family that counts",
+        "family": int((differences["metric"] == differences["metric"].iloc[0]).sum()) if len(differences) else 0,
+        "equivalence": "two one-sided tests at 5 % (the 90 % interval lies within the margin)",
+        "smallest_detectable_difference": "found with 80 % power at 5 %, not adjusted",
+        "loss": "sum of nll / sum of label tokens, as a ratio of two sums",
+    }
+
+
+def _tsv(table: pd.DataFrame) -> str:
+    # Ten digits: enough for any use, and the same on every machine.
+    return table.to_csv(sep="\t", index=False, lineterminator="\n", float_format="%.10g")
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for a number that is not there."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Write atomically: a temporary name beside, then a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,272 @@
+"""Scores of all runs of a study, aligned by example: what every comparison reads.
+
+Reads `plan.json`, `metrics/<run>.json` and `runs/<run>/predictions.jsonl`. Runs that were not scored on the same
+examples, on the same tokens, by the same version of the metrics are refused here, so that nothing after this
+module can pair what does not belong together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from finegrid.errors import UserError, nearest
+
+SCORES = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+"""Per-example scores between 0 and 1, higher is better."""
+METRICS = ("loss", *SCORES)
+"""All that arms are described by; `loss` is in nats per label token, lower is better."""
+NAMED = 5  # ids named in a message; the rest is counted
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned run of one arm."""
+
+    run: str
+    arm: str
+    tuned: dict[str, str]
+    seed: int | None
+    base: str | None
+    train: bool
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the paper's table."""
+
+    arm: str
+    label: str
+    factors: dict[str, str]
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the comparison needs of `plan.json`."""
+
+    study: str
+    title: str
+    baseline: str
+    metric: str
+    margin: float | None
+    select: str
+    arms: list[Arm]
+    runs: list[Run]
+    seeds: list[int] = field(default_factory=list)
+
+    def runs_of(self, arm: str) -> list[Run]:
+        """The arm's runs, in the plan's order."""
+        return [run for run in self.runs if run.arm == arm]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-example scores of the compared split, aligned: row r is `runs[r]`, column e is `ids[e]`.
+
+    `values[m]` has shape (runs, examples) for each score of SCORES that exists; `nll` (runs, examples) holds sums
+    of natural-log losses; `label_tokens` (examples,) is the same for every run.
+    """
+
+    split: str
+    ids: list[str]
+    runs: list[str]
+    values: dict[str, np.ndarray]
+    nll: np.ndarray
+    label_tokens: np.ndarray
+    metrics: dict[str, dict]
+
+    def rows(self, runs: Iterable[str]) -> list[int]:
+        """Row numbers of the runs."""
+        position = {run: row for row, run in enumerate(self.runs)}
+        return [position[run] for run in runs]
+
+    def frame(self) -> pd.DataFrame:
+        """The scores as a tidy table: run, id, nll, label_tokens and one column a score."""
+        table = {"run": np.repeat(self.runs, len(self.ids)), "id": self.ids * len(self.runs), "nll": self.nll.ravel()}
+        table["label_tokens"] = np.tile(self.label_tokens, len(self.runs))
+        return pd.DataFrame(table | {name: values.ravel() for name, values in self.values.items()})
+
+
+def load_plan(path: Path) -> Plan:
+    """Read `plan.json`.
+
+    Raises:
+        UserError: the plan asks for no comparison, or its baseline or metrics are unknown.
+    """
+    content = _read_json(path)
+    wanted = content.get("compare") or {}
+    arms = [Arm(a["arm"], a["label"], dict(a.get("factors") or {}), a.get("base")) for a in content["arms"]]
+    runs = [
+        Run(r["run"], r["arm"], dict(r.get("tuned") or {}), r.get("seed"), r.get("base"), bool(r.get("train", True)))
+        for r in content["runs"]
+    ]
+    names = [arm.arm for arm in arms]
+    problems = []
+    if wanted.get("baseline") not in names:
+        hint = nearest(str(wanted.get("baseline")), names)
+        problems.append(f"{path}: compare.baseline: {wanted.get('baseline')!r} is no arm of {', '.join(names)}{hint}")
+    for key, name in (("metric", wanted.get("metric", "rougeL")), ("select", wanted.get("select", "loss"))):
+        if name not in METRICS:
+            problems.append(f"{path}: compare.{key}: {name!r} is none of {', '.join(METRICS)}{nearest(name, METRICS)}")
+    if problems:
+        raise UserError(*problems)
+    margin = wanted.get("margin")
+    return Plan(
+        study=content["study"],
+        title=content.get("title") or content["study"],
+        baseline=wanted["baseline"],
+        metric=wanted.get("metric", "rougeL"),
+        margin=None if margin is None else float(margin),
+        select=wanted.get("select", "loss"),
+        arms=arms,
+        runs=runs,
+        seeds=list(content.get("seeds") or []),
+    )
+
+
+def load_scores(plan: Plan, metrics: list[Path], predictions: list[Path]) -> Scores:
+    """Read the scores of every run of the plan, on the split that was generated (`test` wherever it exists).
+
+    Args:
+        metrics: `metrics/<run>.json` of every run; files of runs that the plan does not name are left alone.
+        predictions: `runs/<run>/predictions.jsonl` of every run.
+
+    Raises:
+        UserError: a run's file is missing or broken, or runs differ in examples, references, label tokens, data or
+            metric version; every problem names the run and up to five ids.
+    """
+    wanted = list(dict.fromkeys(run.run for run in plan.runs))
+    described = {path.stem: path for path in metrics}
+    written = {path.parent.name: path for path in predictions}
+    missing = [f"run {run}: no metrics file among those given" for run in wanted if run not in described]
+    missing += [f"run {run}: no predictions among those given" for run in wanted if run not in written]
+    if missing:
+        raise UserError(*missing)
+    summary = {run: _read_json(described[run]) for run in wanted}
+    _same_definition(summary)
+    tables = {run: _read_predictions(written[run]) for run in wanted}
+    splits = {str(split) for table in tables.values() for split in table["split"].unique()}
+    split = "test" if "test" in splits else "validation"
+    aligned = _align({run: table[table["split"] == split] for run, table in tables.items()}, split)
+    first = aligned[wanted[0]]
+    values = {}
+    for name in SCORES:
+        stacked = np.stack([table[name].to_numpy(float) for table in aligned.values()])
+        if not np.isnan(stacked).all():
+            values[name] = stacked
+    return Scores(
+        split=split,
+        ids=first.index.tolist(),
+        runs=wanted,
+        values=values,
+        nll=np.stack([table["nll"].to_numpy(float) for table in aligned.values()]),
+        label_tokens=first["label_tokens"].to_numpy(float),
+        metrics=summary,
+    )
+
+
+def load_training(paths: Iterable[Path]) -> pd.DataFrame:
+    """Read training summaries; index is the run (the file's name), columns are the summary's keys."""
+    rows = {path.stem: _read_json(path) for path in paths}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected what an earlier stage writes") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); expected what an earlier stage writes") from None
+
+
+def _read_predictions(path: Path) -> pd.DataFrame:
+    """One row an example and split; scores that were not computed are NaN."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            rows = [_prediction_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the predictions of an evaluated run") from None
+    return pd.DataFrame(rows, columns=["id", "split", "reference", "nll", "label_tokens", *SCORES])
+
+
+def _prediction_row(line: str, place: str) -> tuple:
+    try:
+        row = json.loads(line)
+        scores = row.get("scores") or {}
+        nll = row["nll"] if row["nll"] is not None else float("nan")
+        # The text itself is not kept: its hash tells whether two runs answered the same question.
+        fixed = (row["id"], row["split"], hash(row["reference"]), nll, row["label_tokens"])
+        return (*fixed, *(scores.get(name, float("nan")) for name in SCORES))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: not a row of predictions ({error!r}); expected id, split, nll, scores, …") from None
+
+
+def _same_definition(summary: dict[str, dict]) -> None:
+    """Refuse runs scored by different metrics or on different data."""
+    first, reference = next(iter(summary.items()))
+    problems = []
+    for run, content in summary.items():
+        for key, what in (("metrics_version", "metric version"), ("signatures", "metric libraries"), ("data", "data")):
+            if content.get(key) != reference.get(key):
+                problems.append(
+                    f"run {run}: scored with {what} {content.get(key)}, but {first} with {reference.get(key)}; "
+                    "expected the same for all runs of a comparison: evaluate again"
+                )
+    if problems:
+        raise UserError(*problems)
+
+
+def _align(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFrame]:
+    """Every run's table indexed by id in the first run's order, refused unless all hold the same examples."""
+    first, reference = next(iter(tables.items()))
+    ids = set(reference["id"])
+    aligned, problems = {}, []
+    for run, table in tables.items():
+        found = table["id"]
+        twice = found[found.duplicated()]
+        if len(twice):
+            problems.append(f"run {run}: {split} ids given more than once: {_named(twice)}; expected each once")
+            continue
+        if lacking := [name for name in reference["id"] if name not in set(found)]:
+            problems.append(f"run {run}: lacks {split} examples that {first} has: {_named(lacking)}")
+        if extra := [name for name in found if name not in ids]:
+            problems.append(f"run {run}: has {split} examples that {first} lacks: {_named(extra)}")
+        if lacking or extra:
+            continue
+        aligned[run] = table.set_index("id").loc[reference["id"]]
+    for run, table in aligned.items():
+        problems += _differences(run, table, first, aligned[first], split)
+    if not len(reference):
+        problems.append(f"run {first}: no example of split {split}; expected at least 2")
+    elif len(reference) < 2:
+        problems.append(f"run {first}: 1 example of split {split}; expected at least 2, else nothing can be compared")
+    if problems:
+        raise UserError(*problems)
+    return aligned
+
+
+def _differences(run: str, table: pd.DataFrame, first: str, reference: pd.DataFrame, split: str) -> list[str]:
+    problems = []
+    for column, what in (("reference", "reference answers"), ("label_tokens", "label tokens")):
+        different = table.index[table[column].to_numpy() != reference[column].to_numpy()]
+        if len(different):
+            problems.append(f"run {run}: other {what} than {first} in {split}: {_named(different)}; expected the same")
+    for name in SCORES:
+        holes = table.index[table[name].isna().to_numpy() & ~reference[name].isna().to_numpy()]
+        holes = holes.union(table.index[~table[name].isna().to_numpy() & reference[name].isna().to_numpy()])
+        if len(holes):
+            problems.append(f"run {run}: {name} is there in {run} or in {first} only for {split}: {_named(holes)}")
+    return problems
+
+
+def _named(ids: Iterable[str]) -> str:
+    ids = list(ids)
+    rest = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return ", ".join(map(str, ids[:NAMED])) + rest
