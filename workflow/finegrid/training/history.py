@@ -1,0 +1,69 @@
+"""The history of a run: one row for each log event, made of the trainer's own log.
+
+The trainer keeps its log in every checkpoint, so a resumed run's history has each step once: rows after the checkpoint
+that died with the process are gone with it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+COLUMNS = [
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "eval_loss",
+    "label_tokens",
+    "tokens",
+    "seconds",
+    "memory_mb",
+]
+
+
+def history_rows(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the history of a trainer's ``log_history``: the training rows (``loss``) and the evaluations
+    (``eval_loss``), in their order; other entries are no part of it."""
+    return [
+        {column: entry.get(column) for column in COLUMNS} for entry in log if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def write_history(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write history rows as CSV, atomically; a missing value is an empty field, numbers keep all their digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    with half.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(half, path)
+
+
+class HistoryFile(TrainerCallback):
+    """Keeps a CSV of the history up to date while the run trains, for whoever wants to look."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            write_history(self.path, history_rows(state.log_history))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the peak of memory so far in MiB: what torch allocated on the GPU, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

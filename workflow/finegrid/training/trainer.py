@@ -1,0 +1,290 @@
+"""transformers' Trainer with a loss over label tokens, exact under any split of a batch.
+
+Schedulers, optimisers, checkpoints, trackers and launchers are the Trainer's own. What differs:
+
+- The loss of an optimiser step is the mean over **all label tokens of its accumulation window** (the last, partial
+  window of an epoch and several processes included), so 8x1, 4x2 and 2x4 batches train alike.
+- Logged losses are means over the label tokens since the last log row, and carry the run's cumulative label tokens,
+  tokens, seconds and peak memory.
+- The validation loss is the sum of all losses over all label tokens, never a mean of batch means.
+- A step whose loss or gradient is NaN or infinite stops the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from finegrid.training.collation import Collator
+from finegrid.training.guards import check_evaluation, check_step
+from finegrid.training.history import peak_memory_mb
+from finegrid.training.loss import find_head, label_logits, sum_of_losses
+
+COUNTERS_FILE = "finegrid_counters.json"
+
+
+@dataclass
+class Counters:
+    """What a run has seen, over all its resumes; it travels in the checkpoints."""
+
+    label_tokens: int = 0
+    tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    logged_label_tokens: int = 0
+    logged_loss_sum: float = 0.0
+
+    @classmethod
+    def read(cls, checkpoint: str | Path | None) -> Counters:
+        """Return the counters of a checkpoint; of a run's start if there is none."""
+        return cls(**json.loads((Path(checkpoint) / COUNTERS_FILE).read_text())) if checkpoint else cls()
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the counters into a checkpoint's folder."""
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / COUNTERS_FILE).write_text(json.dumps(asdict(self)) + "\n")
+
+    def add(self, loss: float, label_tokens: int, tokens: int) -> None:
+        """Count an optimiser step: its mean loss, label tokens and tokens."""
+        self.label_tokens += label_tokens
+        self.tokens += tokens
+        self.loss_sum += loss * label_tokens
+
+    def loss_since_log(self) -> float:
+        """Return the mean loss over the label tokens since the last call."""
+        label_tokens = self.label_tokens - self.logged_label_tokens
+        loss = (self.loss_sum - self.logged_loss_sum) / label_tokens if label_tokens else math.nan
+        self.logged_label_tokens, self.logged_loss_sum = self.label_tokens, self.loss_sum
+        return loss
+
+
+class LabelTokenTrainer(Trainer):
+    """See the module. Batches are those of :class:`finegrid.training.collation.Collator`.
+
+    Attributes:
+        counters: what was seen so far.
+        notes: sentences for the run's summary.
+
+    Raises:
+        UserError: from ``train`` and ``evaluate``, when a loss or a gradient is no finite number.
+    """
+
+    # The loss is already normalised over the window: the Trainer must not divide it by the accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        **options: Any,
+    ):
+        pad_token_id = getattr(model.config, "pad_token_id", None) or 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=Collator(pad_token_id),
+            **options,
+        )
+        self.counters = Counters()
+        self.notes: list[str] = []
+        self.head, note = (None, "all logits are computed: torch_compile") if args.torch_compile else find_head(model)
+        if note:
+            self.notes.append(note)
+        if args.label_smoothing_factor:
+            self.notes.append("`loss` and `train_loss` are the smoothed loss; the validation loss is not smoothed")
+        self._clock: float | None = None
+        self._losses: list[torch.Tensor] = []
+        self._batches: list[dict[str, Any]] = []
+
+    # ---------------------------------------------------------------- the loss of a step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the micro-batch's share of the window's loss: its sum of losses over the window's label tokens."""
+        logits, outputs = label_logits(model, self.head, inputs)
+        loss = sum_of_losses(logits, inputs["targets"], self.args.label_smoothing_factor) / num_items_in_batch
+        if getattr(model.config if hasattr(model, "config") else self.model.config, "output_router_logits", False):
+            # A mixture of experts' balance, by the micro-batch's share of the window.
+            share = inputs["targets"].numel() / num_items_in_batch
+            loss = loss + self.model.config.router_aux_loss_coef * outputs["aux_loss"] * share
+        if self.args.average_tokens_across_devices:
+            # Gradients are averaged over the processes, while the count is that of all of them.
+            loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Return the label tokens of the window; of all processes unless ``average_tokens_across_devices`` is off."""
+        if not batch_samples:
+            return None
+        count = torch.tensor(sum(batch["targets"].numel() for batch in batch_samples), device=device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, "sum")
+        return count
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one micro-batch; remembers what belongs to the window."""
+        if self._clock is None:
+            self._clock = time.monotonic()
+        self._batches.append(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Return the gradient's norm; the Trainer asks for it when a window is whole and no weight has changed yet."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._close_window(grad_norm)
+        return grad_norm
+
+    def _close_window(self, grad_norm: torch.Tensor | float | None) -> None:
+        losses, batches = torch.stack(self._losses), self._batches
+        self._losses, self._batches = [], []
+        label_tokens = sum(batch["targets"].numel() for batch in batches)
+        tokens = sum(batch["tokens"] for batch in batches)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(torch.tensor([label_tokens, tokens], device=losses.device), "sum")
+            label_tokens, tokens = counts.tolist()
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=losses.device).reshape(1)
+        # The step's only wait for the device.
+        *losses, norm = torch.cat([losses, norm.to(losses.dtype)]).tolist()
+        # With a scaler an overflow is ordinary: the scaler skips the step.
+        unknown = grad_norm is None or getattr(self.accelerator, "scaler", None) is not None
+        check_step(self.state.global_step + 1, losses, [b["ids"] for b in batches], None if unknown else norm)
+        loss = sum(losses)
+        if self.args.world_size > 1:
+            loss = self.accelerator.reduce(torch.tensor(loss, device=self.args.device), "mean").item()
+        self.counters.add(loss, label_tokens, tokens)
+
+    # ---------------------------------------------------------------- validation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Return and log ``eval_loss``: the sum of the losses of the validation rows over their label tokens."""
+        self._stop_clock()
+        start = time.monotonic()
+        loss = self.validation_loss(eval_dataset or self.eval_dataset)
+        check_evaluation(self.state.global_step, loss)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": time.monotonic() - start}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._clock = time.monotonic()
+        return metrics
+
+    @torch.no_grad()
+    def validation_loss(self, rows: Dataset) -> float:
+        """Return the sum of the rows' losses over their label tokens; batches are of rows of like length."""
+        model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
+        model.eval()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        batches = _by_length(rows, self.args.eval_batch_size)
+        with self._untrained(), self.accelerator.autocast():
+            # Every process makes as many forward passes as any other: sharded models wait for each other.
+            for number in range(
+                self.args.process_index, _round_up(len(batches), self.args.world_size), self.args.world_size
+            ):
+                batch = self._prepare_inputs(self.data_collator(_rows(rows, batches[min(number, len(batches) - 1)])))
+                logits, _ = label_logits(model, self.head, batch)
+                if number < len(batches):
+                    total[0] += sum_of_losses(logits, batch["targets"]).double()
+                    total[1] += batch["targets"].numel()
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, "sum")
+        return (total[0] / total[1]).item()
+
+    def _untrained(self) -> contextlib.AbstractContextManager:
+        """Before the first step, switch off an adapter that doesn't start as the base model: that is the base row."""
+        config = getattr(self.model, "active_peft_config", None)
+        differs = config is not None and (
+            config.is_prompt_learning or getattr(config, "init_lora_weights", True) is False
+        )
+        if differs and self.state.global_step == 0:
+            return self.accelerator.unwrap_model(self.model).disable_adapter()
+        return contextlib.nullcontext()
+
+    # ---------------------------------------------------------------- log, clock and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the loss over label tokens, and with what the history counts."""
+        self._stop_clock(go_on=True)
+        if "loss" in logs:
+            logs["loss"] = self.counters.loss_since_log()
+        if "loss" in logs or "eval_loss" in logs:
+            logs |= {
+                "label_tokens": self.counters.label_tokens,
+                "tokens": self.counters.tokens,
+                "seconds": round(self.counters.seconds, 3),
+                "memory_mb": round(peak_memory_mb(self.args.device), 1),
+            }
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args, resume_from_checkpoint=None, **options):
+        # Also after auto_find_batch_size gave up a larger batch: that run starts anew.
+        self.counters = Counters.read(resume_from_checkpoint)
+        self._clock, self._losses, self._batches = None, [], []
+        result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
+        self._stop_clock()
+        return result
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # The counters first: a checkpoint counts as complete once the Trainer has written its own state.
+        self._stop_clock()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.counters.write(folder)
+        super()._save_checkpoint(model, trial)
+        self._clock = time.monotonic()
+
+    def _stop_clock(self, go_on: bool = False) -> None:
+        """Add the time since the clock was started; evaluations and checkpoints are no training time."""
+        now = time.monotonic()
+        if self._clock is not None:
+            self.counters.seconds += now - self._clock
+        self._clock = now if go_on and self._clock is not None else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end and can be resumed.
+
+    The Trainer writes ``trainer_state.json`` last; the optimiser's state is missing under ``save_only_model``.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / COUNTERS_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    whole = all(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    return whole and state["global_step"] == int(checkpoint.name.rpartition("-")[2]) and _has_optimiser(checkpoint)
+
+
+def _has_optimiser(checkpoint: Path) -> bool:
+    # A file alone, or DeepSpeed's folder of shards.
+    return any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint))
+
+
+def _by_length(rows: Dataset, size: int) -> list[list[int]]:
+    lengths = [len(row) for row in rows["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _rows(rows: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+    return [rows[number] for number in numbers]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
