@@ -1,6 +1,6 @@
 # Finegrid's commands. Each makes .venv from the lock by itself; nothing else is to be set up.
 #
-#   make demo      the demo study, from raw data to the report
+#   make demo      the demo study, from raw data to the report (STUDY=name: another; CORES, MEMORY_MB: what it may use)
 #   make test      all tests
 #   make lint      ruff, snakefmt, snakemake --lint
 #   make setup     only the environment (then: source .venv/bin/activate)
@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 STUDY ?= insurance
+MEMORY_MB ?= 7500
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -20,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo.done
-	snakemake --cores $(CORES) --config study=$(STUDY) -- report
+	snakemake --cores $(CORES) --resources mem_mb=$(MEMORY_MB) --config study=$(STUDY) -- report
 	finegrid check $(STUDY)
 
 test: .venv/demo.done .venv/test.done

@@ -63,7 +63,12 @@ def export_insuranceqa(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for split, file in {"train": "train", "validation": "valid", "test": "test"}.items():
         rows = [
-            {"id": f"{split}-{key}-{answer}", "question": q["en"], "answer": answers[answer]["en"], "domain": q["domain"]}
+            {
+                "id": f"{split}-{key}-{answer}",
+                "question": q["en"],
+                "answer": answers[answer]["en"],
+                "domain": q["domain"],
+            }
             for key, q in _read(source / f"{file}.json.gz").items()
             for answer in q["answers"]
         ]

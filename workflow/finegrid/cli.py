@@ -1,0 +1,379 @@
+"""The command line: `finegrid <stage> …`, one command a rule; any stage can be typed by hand.
+
+Each command finds its settings in the study's file by the run's id, calls one function of the package and writes
+what the rule of the same name declares. Heavy packages are imported inside the commands, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finegrid import layout
+from finegrid.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from finegrid.study import Run, Study
+
+Progress = Callable[[str], None]
+StudyName = Annotated[str, typer.Argument(help="Name of a file in config/studies, or its path.", show_default=False)]
+RunId = Annotated[str, typer.Argument(help="Id of a run of the study, as in its plan.", show_default=False)]
+DataId = Annotated[str, typer.Argument(help="Data set and id, as in data/clean/<dataset>-<id>.", show_default=False)]
+StudyOption = Annotated[str | None, typer.Option(help="Study to look in first; all of config/studies without it.")]
+Log = Annotated[Path | None, typer.Option(help="File for everything that the libraries print.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Finegrid: from a declared study of fine-tuning settings to trained runs, honest comparisons and figures.",
+)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is shown without a traceback and ends with status 1."""
+    try:
+        app()
+    except UserError as error:
+        _print_problems(error, sys.stderr)
+        raise SystemExit(1) from None
+
+
+# ---------------------------------------------------------------- data
+
+
+@app.command("demo-model")
+def demo_model(output: Path, log: Log = None) -> None:
+    """Convert the demo's base model, SmolLM2-135M-Instruct, from its Python package."""
+    with _stage("demo-model", log):
+        from finegrid.data.demo import convert_model
+
+        convert_model(output)
+
+
+@app.command("demo-data")
+def demo_data(output: Path, log: Log = None) -> None:
+    """Write the demo's data set, InsuranceQA English, from its Python package."""
+    with _stage("demo-data", log):
+        from finegrid.data.demo import export_insuranceqa
+
+        export_insuranceqa(output)
+
+
+@app.command()
+def model(name: str, study: StudyOption = None, log: Log = None) -> None:
+    """Fetch a base model at its pinned revision, or take a folder, and write its manifest."""
+    with _stage(f"model {name}", log):
+        from finegrid.models import fetch_model
+
+        run = _find(study, lambda run: layout.model_name(run.settings.model) == name, f"base model '{name}'")
+        fetch_model(run.settings.model, Path.cwd(), layout.MODELS / f"{name}.json")
+
+
+@app.command("import")
+def import_(data: DataId, study: StudyOption = None, log: Log = None) -> None:
+    """Read raw files of any accepted format into one schema."""
+    with _stage(f"import {data}", log) as progress:
+        from finegrid.data.importing import import_data
+
+        run = _find_data(study, data)
+        import_data(run.settings, Path.cwd(), layout.CLEAN / data / "imported", progress)
+
+
+@app.command()
+def clean(data: DataId, study: StudyOption = None, log: Log = None) -> None:
+    """Clean the imported rows; every rejected row is kept with its reason."""
+    with _stage(f"clean {data}", log) as progress:
+        from finegrid.data.cleaning import clean
+
+        run = _find_data(study, data)
+        clean(run.settings, layout.CLEAN / data / "imported", layout.CLEAN / data, progress)
+
+
+@app.command()
+def tokenise(tokens: DataId, study: StudyOption = None, log: Log = None) -> None:
+    """Turn clean rows into token rows with labels, within the recipe's length limits."""
+    with _stage(f"tokenise {tokens}", log) as progress:
+        from finegrid.data.tokenising import tokenise
+
+        run = _find(study, lambda run: layout.tokens_folder(run).name == tokens, f"token set '{tokens}'")
+        folder = layout.model_folder(run.settings.model)
+        tokenise(run.settings, layout.clean_folder(run), folder, layout.TOKENS / tokens, progress)
+
+
+# ---------------------------------------------------------------- study and runs
+
+
+@app.command()
+def plan(study: StudyName, log: Log = None) -> None:
+    """Write the study's plan: every run with its batch, steps, label tokens and findings."""
+    with _stage(f"plan {study}", log):
+        from finegrid.plan import write_plan
+
+        write_plan(_study(study), Path.cwd())
+
+
+@app.command("show-plan")
+def show_plan(study: StudyName) -> None:
+    """Print the study's plan as a table."""
+    from finegrid.plan import print_plan
+
+    print_plan(layout.RESULTS / _study(study).name / "plan.json")
+
+
+@app.command()
+def train(study: StudyName, run: RunId, log: Log = None, scratch: Path = Path("scratch")) -> None:
+    """Train one run; goes on from its last checkpoint if it was stopped."""
+    with _stage(f"train {run}", log) as progress:
+        from finegrid.training.train import train
+
+        the_study = _study(study)
+        the_run = _run(the_study, run)
+        results = layout.RESULTS / the_study.name
+        train(
+            the_run.settings,
+            tokens=layout.tokens_folder(the_run),
+            model=layout.model_folder(the_run.settings.model),
+            output=layout.weights_folder(the_study.name, the_run),
+            history=results / "history" / f"{run}.csv",
+            summary=results / "training" / f"{run}.json",
+            checkpoints=scratch / the_study.name / run,
+            progress=progress,
+        )
+        _write_settings(the_run, results / "settings" / f"{run}.json")
+        _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
+
+
+@app.command()
+def evaluate(study: StudyName, run: RunId, log: Log = None) -> None:
+    """Score one run, or an untrained base model: predictions of every example and metrics."""
+    with _stage(f"evaluate {run}", log) as progress:
+        from finegrid.evaluation.evaluate import evaluate
+
+        the_study = _study(study)
+        the_run = _run(the_study, run)
+        results = layout.RESULTS / the_study.name
+        evaluate(
+            the_run.settings,
+            run,
+            tokens=layout.tokens_folder(the_run),
+            clean=layout.clean_folder(the_run),
+            model=layout.model_folder(the_run.settings.model),
+            adapter=layout.weights_folder(the_study.name, the_run) if the_run.train else None,
+            predictions=results / "runs" / run / "predictions.jsonl",
+            metrics=results / "metrics" / f"{run}.json",
+            progress=progress,
+        )
+
+
+# ---------------------------------------------------------------- analysis and publication
+
+
+@app.command()
+def compare(study: StudyName, log: Log = None) -> None:
+    """Compare the arms of a study: estimates, intervals, verdicts."""
+    with _stage(f"compare {study}", log):
+        from finegrid.analysis.compare import compare
+
+        the_study = _study(study)
+        results = layout.RESULTS / the_study.name
+        runs = [run.id for run in the_study.all_runs]
+        compare(
+            results / "plan.json",
+            metrics=[results / "metrics" / f"{run}.json" for run in runs],
+            predictions=[results / "runs" / run / "predictions.jsonl" for run in runs],
+            training=[results / "training" / f"{run.id}.json" for run in the_study.runs],
+            output=results / "comparison",
+        )
+
+
+@app.command()
+def figure(study: StudyName, name: str, log: Log = None) -> None:
+    """Draw one figure of a study as PDF, PNG and CSV, with its provenance."""
+    with _stage(f"figure {name}", log):
+        import importlib
+
+        from finegrid.figures import FIGURES
+        from finegrid.fingerprint import code_fingerprint
+
+        if name not in FIGURES:
+            raise UserError(f"figure '{name}': no such figure; there are {', '.join(FIGURES)}{nearest(name, FIGURES)}")
+        module = f"finegrid.figures.{name}"
+        the_study = _study(study)
+        results = layout.RESULTS / the_study.name
+        importlib.import_module(module).draw(results, results / "figures" / name)
+        _write_study_provenance(the_study, results / "figures" / f"{name}.json", code=code_fingerprint(module))
+
+
+@app.command()
+def tables(study: StudyName, log: Log = None) -> None:
+    """Write the study's tables (LaTeX, Markdown, CSV) and numbers.tex."""
+    with _stage(f"tables {study}", log):
+        from finegrid.fingerprint import code_fingerprint
+        from finegrid.publication.numbers import write_numbers
+        from finegrid.publication.tables import write_tables
+
+        the_study = _study(study)
+        results = layout.RESULTS / the_study.name
+        write_tables(results, results / "tables")
+        write_numbers(results, results / "tables" / "numbers.tex")
+        code = code_fingerprint("finegrid.publication.tables")
+        _write_study_provenance(the_study, results / "tables" / "provenance.json", code=code)
+
+
+@app.command()
+def report(study: StudyName, log: Log = None) -> None:
+    """Write the study's report, one HTML file, and print its path."""
+    with _stage(f"report {study}", log) as progress:
+        from finegrid.publication.report import write_report
+
+        output = layout.RESULTS / _study(study).name / "report.html"
+        write_report(output.parent, output)
+        progress(f"written to {output}")
+
+
+@app.command()
+def check(study: StudyName) -> None:
+    """Say whether every arm learned: its validation loss must lie below that of its own untrained base."""
+    from finegrid.analysis.learning import print_learning
+
+    results = layout.RESULTS / _study(study).name
+    if not print_learning(results):
+        raise SystemExit(1)
+    print(f"report: {results / 'report.html'}")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+@contextlib.contextmanager
+def _stage(name: str, log: Path | None) -> Iterator[Progress]:
+    """Send what the libraries print to the log; yield a function that prints one line to the terminal and the log.
+
+    A user's mistake ends the process with status 1 and its message in both places; any other exception leaves its
+    traceback in the log and one line with the log's path on the terminal.
+    """
+    if log is None:
+        yield lambda line: print(f"{name}: {line}", flush=True)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+    def progress(line: str) -> None:
+        print(f"{name}: {line}", file=terminal, flush=True)
+        print(line, flush=True)
+
+    progress("started")
+    try:
+        yield progress
+    except UserError as error:
+        _print_problems(error, terminal)
+        _print_problems(error, sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{name}: {type(error).__name__}: {error}; the traceback is in {log}", file=terminal, flush=True)
+        raise SystemExit(2) from None
+
+
+def _print_problems(error: UserError, file) -> None:
+    for problem in error.problems:
+        print(f"error: {problem}", file=file, flush=True)
+
+
+def _study(name: str) -> Study:
+    from finegrid.study import load_study
+
+    return load_study(layout.study_file(name), Path.cwd())
+
+
+def _run(study: Study, run: str) -> Run:
+    for candidate in study.all_runs:
+        if candidate.id == run:
+            return candidate
+    known = [candidate.id for candidate in study.all_runs]
+    raise UserError(
+        f"{study.name}: no run '{run}' in this study (its settings were edited since?){nearest(run, known)}; "
+        f"it has {', '.join(known[:8])}{' …' if len(known) > 8 else ''}"
+    )
+
+
+def _find(study: str | None, wanted: Callable[[Run], bool], what: str) -> Run:
+    """Return the first run that fits, in the given study or in any: data and models are shared between studies."""
+    names = [study] if study else []
+    names += [path.stem for path in sorted(layout.STUDIES.glob("*.yaml")) if path.stem != study]
+    problems = []
+    for name in names:
+        try:
+            runs = _study(name).all_runs
+        except UserError as error:  # a broken study elsewhere does not stop this one
+            problems += error.problems
+            continue
+        for run in runs:
+            if wanted(run):
+                return run
+    raise UserError(f"{what}: no study uses it; looked in {', '.join(names)}", *problems)
+
+
+def _find_data(study: str | None, data: str) -> Run:
+    return _find(study, lambda run: layout.clean_folder(run).name == data, f"data set '{data}'")
+
+
+def _write_settings(run: Run, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(run.settings.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+    output.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
+    from finegrid import provenance
+    from finegrid.fingerprint import code_fingerprint, short_hash
+
+    summary = json.loads((layout.RESULTS / study.name / "training" / f"{run.id}.json").read_text())
+    manifest = layout.MODELS / f"{layout.model_name(run.settings.model)}.json"
+    tokens = layout.tokens_folder(run)
+    inputs = {"model": manifest, "report": tokens / "report.json"}
+    inputs |= {split: tokens / f"{split}.arrow" for split in ("train", "validation", "test")}
+    provenance.write(
+        output,
+        Path.cwd(),
+        inputs=inputs,
+        study=study.name,
+        run=run.id,
+        settings_hash=short_hash(run.settings.canonical()),
+        data=f"{run.dataset}-{run.data_id}",
+        model=run.settings.model.model_name_or_path,
+        code=code_fingerprint("finegrid.training.train"),
+        device=summary["device"],
+        seed=run.seed,
+        command=_command(),
+    )
+
+
+def _write_study_provenance(study: Study, output: Path, *, code: str) -> None:
+    from finegrid import provenance
+
+    results = layout.RESULTS / study.name
+    inputs = {path.name: path for path in (results / "plan.json", *sorted((results / "comparison").glob("*")))}
+    inputs |= {f"metrics/{run.id}": results / "metrics" / f"{run.id}.json" for run in study.all_runs}
+    provenance.write(output, Path.cwd(), inputs=inputs, study=study.name, code=code, command=_command())
+
+
+def _command() -> str:
+    return shlex.join(["finegrid", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The base model at hand: fetched from a hub at a pinned revision or taken from a folder, with a manifest.
+
+The manifest ``data/models/<name>.json`` holds the SHA-256 of each file. It is what later stages depend on, so that a
+model is compared by content and its gigabytes are hashed once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finegrid import layout
+from finegrid.errors import UserError
+from finegrid.fingerprint import file_hash
+
+if TYPE_CHECKING:
+    from finegrid.settings import ModelSettings
+
+# What a causal language model needs; other weights of the same model (.bin, .gguf, .onnx) are not fetched.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def fetch_model(model: ModelSettings, project: Path, output: Path) -> None:
+    """Make the base model's folder complete and write its manifest to ``output``.
+
+    Raises:
+        UserError: the folder or the hub's revision is missing or has no safetensors weights.
+    """
+    folder = project / layout.model_folder(model)
+    if model.revision:
+        _download(model, folder)
+    place = f"model.model_name_or_path: '{model.model_name_or_path}'"
+    if not (folder / "config.json").exists():
+        raise UserError(f"{place} holds no model; expected a config.json there")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{place} has no *.safetensors; convert the weights with transformers' save_pretrained")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    manifest = {
+        "model_name_or_path": model.model_name_or_path,
+        "revision": model.revision,
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _download(model: ModelSettings, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(model.model_name_or_path, revision=model.revision, local_dir=folder, allow_patterns=WANTED)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model: '{model.model_name_or_path}' at revision '{model.revision}' can't be fetched "
+            f"({type(error).__name__}: {error}); check both, or fetch on a machine with internet"
+        ) from error

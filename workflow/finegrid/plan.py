@@ -1,0 +1,209 @@
+"""What a study will do, before it starts: arms, runs, batches, steps, label tokens and findings.
+
+Reads the study, the token reports and the sizes of the base models' files; writes ``plan.json`` and ``plan.tsv``.
+Every later stage takes the study's shape from the plan.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finegrid import layout
+
+if TYPE_CHECKING:
+    from finegrid.settings import RunSettings
+    from finegrid.study import Run, Study
+
+COLUMNS = [
+    "arm",
+    "run",
+    "method",
+    "seed",
+    "tuned",
+    "per_device_train_batch_size",
+    "gpus",
+    "gradient_accumulation_steps",
+    "effective_batch_size",
+    "steps",
+    "epochs",
+    "warmup_steps",
+    "train_rows",
+    "label_tokens",
+]
+
+
+def write_plan(study: Study, project: Path) -> None:
+    """Write ``results/<study>/plan.json`` and ``plan.tsv`` (one row an arm and run)."""
+    plan = make_plan(study, project)
+    output = project / layout.RESULTS / study.name
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "plan.json").write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with (output / "plan.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for run in plan["runs"]:
+            writer.writerow({**run, "tuned": "; ".join(f"{key}={value}" for key, value in run["tuned"].items())})
+
+
+def make_plan(study: Study, project: Path) -> dict:
+    """Return the plan: ``study, title, compare, seeds, tune, arms, runs, findings``."""
+    reports: dict[str, dict] = {}
+    runs = []
+    for run in study.all_runs:
+        folder = layout.tokens_folder(run)
+        if folder.name not in reports:
+            reports[folder.name] = json.loads((project / folder / "report.json").read_text(encoding="utf-8"))
+        facts = training_arithmetic(run.settings, reports[folder.name]["splits"]["train"]) if run.train else {}
+        runs += [_entry(run, arm) | facts for arm in run.arms]
+    plan = plan_settings(study)
+    plan["runs"] = runs
+    plan["findings"] = [finding for report in reports.values() for finding in report["findings"]] + findings(study)
+    return plan
+
+
+def plan_settings(study: Study) -> dict:
+    """Return what the plan depends on, as plain data: Snakemake's ``params`` of the plan."""
+    return {
+        "study": study.name,
+        "title": study.title,
+        "compare": study.compare_settings(),
+        "seeds": list(study.seeds),
+        "tune": {name: list(levels) for name, levels in study.tuned_levels().items()},
+        "arms": [
+            {"arm": arm.name, "label": arm.label, "factors": dict(arm.factors), "base": arm.base_id}
+            for arm in study.all_arms
+        ],
+        "runs": [run.id for run in study.all_runs],
+    }
+
+
+def training_arithmetic(settings: RunSettings, tokens: dict) -> dict:
+    """Return batch, steps, epochs, warmup and label tokens of a run, as transformers' Trainer counts them.
+
+    Args:
+        settings: the run's settings.
+        tokens: the train part of the token report: ``rows`` and ``label_tokens`` of one epoch.
+
+    Label tokens are exact for whole epochs; for a part of an epoch they are its share of the rows, rounded.
+    Source: ``Trainer.set_initial_training_values``.
+    """
+    arguments = settings.training_args
+    batch = arguments.get("per_device_train_batch_size", 8)
+    accumulation = arguments.get("gradient_accumulation_steps", 1)
+    gpus = 1
+    effective = batch * gpus * accumulation
+    rows = tokens["rows"]
+    per_epoch = max(math.ceil(math.ceil(rows / (batch * gpus)) / accumulation), 1)
+    if arguments.get("max_steps", -1) > 0:
+        steps = arguments["max_steps"]
+    else:
+        steps = math.ceil(arguments["num_train_epochs"] * per_epoch)
+    whole, part = divmod(steps, per_epoch)
+    rows_seen = whole * rows + min(part * effective, rows)
+    warmup = arguments.get("warmup_steps", 0)
+    return {
+        "per_device_train_batch_size": batch,
+        "gpus": gpus,
+        "gradient_accumulation_steps": accumulation,
+        "effective_batch_size": effective,
+        "steps": steps,
+        "epochs": round(steps / per_epoch, 4),
+        "warmup_steps": int(warmup) if warmup >= 1 else math.ceil(steps * warmup),
+        "train_rows": rows,
+        "label_tokens": round(tokens["label_tokens"] * rows_seen / rows) if rows else 0,
+    }
+
+
+def findings(study: Study) -> list[dict]:
+    """Return what makes the study's comparison weaker than it looks."""
+    found = []
+    if len(study.seeds) == 1:
+        found.append(
+            {
+                "severity": "warning",
+                "place": "seeds",
+                "message": "one seed: differences between arms can't be told from the luck of the seed",
+                "mend": "give at least three seeds",
+            }
+        )
+    rates: dict[float, set[str]] = {}
+    for run in study.runs:
+        kind = "full fine-tuning" if run.settings.method == "full" else "adapters"
+        rates.setdefault(run.settings.training_args["learning_rate"], set()).add(kind)
+    if not study.tuned_levels():
+        for rate, kinds in rates.items():
+            if len(kinds) > 1:
+                found.append(
+                    {
+                        "severity": "warning",
+                        "place": "training_args.learning_rate",
+                        "message": f"full fine-tuning and adapters are trained at the same learning rate {rate}; "
+                        "the best rate of adapters is about ten times higher",
+                        "mend": "give each method its own learning rate, or tune it inside each arm",
+                    }
+                )
+    return found
+
+
+def memory_estimate(settings: RunSettings, project: Path, train: bool = True) -> int:
+    """Return roughly how much memory (MB) a job takes: weights, gradients, two optimiser moments, and the process.
+
+    The weights' size is that of their files; before a hub model is fetched it is taken as 4 GB.
+    """
+    files = list((project / layout.model_folder(settings.model)).glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in files) / 1e6 if files else 4000
+    if train:
+        return round(1500 + weights * (4.2 if settings.method == "full" else 1.2))
+    return round(1200 + weights * 1.2)
+
+
+def print_plan(path: Path) -> None:
+    """Print ``plan.json`` as a table of at most 100 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    console = Console(width=min(Console().width, 100))
+    table = Table(title=f"{plan['study']}: {plan['title']}", title_justify="left", show_edge=False)
+    for column in ("arm", "run", "tuned", "seed"):
+        table.add_column(column, overflow="fold")
+    table.add_column("effective batch\n= batch × GPUs × accumulation", justify="right")
+    for column in ("steps", "epochs", "label tokens"):
+        table.add_column(column, justify="right")
+    for run in plan["runs"]:
+        if not run["train"]:
+            table.add_row(run["arm"], run["run"], "", "", "untrained", "", "", "")
+            continue
+        batch = "{effective_batch_size} = {per_device_train_batch_size} × {gpus} × {gradient_accumulation_steps}"
+        tuned = ", ".join(f"{key}={value}" for key, value in run["tuned"].items())
+        table.add_row(
+            run["arm"],
+            run["run"],
+            tuned,
+            str(run["seed"]),
+            batch.format(**run),
+            f"{run['steps']:,}",
+            f"{run['epochs']:g}",
+            f"{run['label_tokens']:,}",
+        )
+    console.print(table)
+    for finding in plan["findings"]:
+        console.print(f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}")
+
+
+def _entry(run: Run, arm: str) -> dict:
+    return {
+        "run": run.id,
+        "arm": arm,
+        "method": run.settings.method,
+        "tuned": {name: str(level) for name, level in run.tuned.items()},
+        "seed": run.seed,
+        "base": run.base_id,
+        "data": f"{run.dataset}-{run.data_id}",
+        "tokens": f"{run.dataset}-{run.tokens_id}",
+        "train": run.train,
+    }

@@ -1,0 +1,189 @@
+# Data strategy: raw files -> one schema -> clean splits -> token rows; and the base model with its manifest.
+
+
+def raw_files(wildcards):
+    """The raw files of a data set; those of a hub data set are the hub's."""
+    return shared("data", wildcards.data).settings.data_config.files
+
+
+def data_settings(wildcards):
+    return shared("data", wildcards.data).settings.data_settings()
+
+
+def token_settings(wildcards):
+    return shared("tokens", wildcards.tokens).settings.token_settings()
+
+
+def data_processes(wildcards):
+    return shared("data", wildcards.data).settings.data_config.num_proc
+
+
+def token_processes(wildcards):
+    return shared("tokens", wildcards.tokens).settings.data_config.num_proc
+
+
+def clean_splits(wildcards):
+    folder = layout.clean_folder(shared("tokens", wildcards.tokens))
+    return [
+        (folder / name).as_posix()
+        for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "report.json")
+    ]
+
+
+def tokens_manifest(wildcards):
+    return manifest(shared("tokens", wildcards.tokens))
+
+
+def model_files(wildcards):
+    """The files of a base model in a folder; those of a hub model are fetched by the job itself."""
+    model = shared("model", wildcards.model).settings.model
+    return (
+        []
+        if model.revision
+        else [(layout.model_folder(model) / "config.json").as_posix()]
+    )
+
+
+def model_settings(wildcards):
+    return shared("model", wildcards.model).settings.model.model_dump(
+        include={"model_name_or_path", "revision"}
+    )
+
+
+rule demo_model:
+    output:
+        expand(
+            "data/models/SmolLM2-135M-Instruct/{file}",
+            file=[
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "chat_template.jinja",
+            ],
+        ),
+    log:
+        "logs/demo_model/SmolLM2-135M-Instruct.log",
+    conda:
+        "../../envs/finegrid.yaml"
+    message:
+        "Convert the demo's base model."
+    shell:
+        "finegrid demo-model data/models/SmolLM2-135M-Instruct --log {log}"
+
+
+rule demo_data:
+    output:
+        expand("data/raw/insuranceqa/{split}.jsonl.gz", split=SPLITS),
+    log:
+        "logs/demo_data/insuranceqa.log",
+    conda:
+        "../../envs/finegrid.yaml"
+    message:
+        "Write the demo's data set."
+    shell:
+        "finegrid demo-data data/raw/insuranceqa --log {log}"
+
+
+rule model:
+    input:
+        model_files,
+    output:
+        "data/models/{model}.json",
+    log:
+        "logs/model/{model}.log",
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        settings=model_settings,
+        code=code_fingerprint("finegrid.models"),
+    message:
+        "Base model {wildcards.model}: fetch it if need be, and hash its files."
+    shell:
+        "finegrid model {wildcards.model} --study {config[study]} --log {log}"
+
+
+rule import_data:
+    input:
+        raw_files,
+    output:
+        expand("data/clean/{{data}}/imported/{split}.jsonl", split=SPLITS),
+        report="data/clean/{data}/imported/report.json",
+    log:
+        "logs/import/{data}.log",
+    benchmark:
+        "benchmarks/import/{data}.tsv"
+    conda:
+        "../../envs/finegrid.yaml"
+    threads: data_processes
+    params:
+        settings=data_settings,
+        code=code_fingerprint("finegrid.data.importing"),
+    message:
+        "Data set {wildcards.data}: import."
+    shell:
+        "finegrid import {wildcards.data} --study {config[study]} --log {log}"
+
+
+rule clean:
+    input:
+        rules.import_data.output,
+    output:
+        expand("data/clean/{{data}}/{split}.jsonl", split=SPLITS),
+        rejects="data/clean/{data}/rejects.jsonl",
+        report="data/clean/{data}/report.json",
+    log:
+        "logs/clean/{data}.log",
+    benchmark:
+        "benchmarks/clean/{data}.tsv"
+    conda:
+        "../../envs/finegrid.yaml"
+    threads: data_processes
+    params:
+        settings=data_settings,
+        code=code_fingerprint("finegrid.data.cleaning"),
+    message:
+        "Data set {wildcards.data}: clean."
+    shell:
+        "finegrid clean {wildcards.data} --study {config[study]} --log {log}"
+
+
+rule tokenise:
+    input:
+        clean=clean_splits,
+        model=tokens_manifest,
+    output:
+        expand("data/tokens/{{tokens}}/{split}.arrow", split=SPLITS),
+        dropped="data/tokens/{tokens}/dropped.jsonl",
+        report="data/tokens/{tokens}/report.json",
+    log:
+        "logs/tokenise/{tokens}.log",
+    benchmark:
+        "benchmarks/tokenise/{tokens}.tsv"
+    conda:
+        "../../envs/finegrid.yaml"
+    threads: token_processes
+    params:
+        settings=token_settings,
+        code=code_fingerprint("finegrid.data.tokenising"),
+    message:
+        "Token set {wildcards.tokens}."
+    shell:
+        "finegrid tokenise {wildcards.tokens} --study {config[study]} --log {log}"
+
+
+rule data_report:
+    input:
+        "data/tokens/{tokens}/report.json",
+    output:
+        "results/{study}/data/{tokens}.json",
+    log:
+        "logs/data_report/{study}/{tokens}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    message:
+        "Keep the report of token set {wildcards.tokens} with study {wildcards.study}."
+    shell:
+        "cp {input} {output} 2> {log}"

@@ -1,0 +1,101 @@
+# Publication: figures, tables, numbers and the report, from the small files that git tracks.
+
+
+def study_token_reports(wildcards):
+    return token_reports(wildcards.study)
+
+
+def study_figures(wildcards):
+    return figure_files(wildcards.study)
+
+
+def study_tables(wildcards):
+    return table_files(wildcards.study)
+
+
+def figure_code(wildcards):
+    return code_fingerprint(f"finegrid.figures.{wildcards.figure}")
+
+
+def publication_code(*modules):
+    return [code_fingerprint(f"finegrid.publication.{module}") for module in modules]
+
+
+rule figure:
+    input:
+        rules.compare.output,
+        plan="results/{study}/plan.json",
+        metrics=all_metrics,
+        summaries=all_summaries,
+        histories=all_histories,
+        data=study_token_reports,
+    output:
+        report(
+            "results/{study}/figures/{figure}.png",
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+        pdf="results/{study}/figures/{figure}.pdf",
+        csv="results/{study}/figures/{figure}.csv",
+        provenance="results/{study}/figures/{figure}.json",
+    log:
+        "logs/figure/{study}/{figure}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        code=figure_code,
+    message:
+        "Draw {wildcards.figure} of study {wildcards.study}."
+    shell:
+        "finegrid figure {wildcards.study} {wildcards.figure} --log {log}"
+
+
+rule study_tables:
+    input:
+        rules.compare.output,
+        plan="results/{study}/plan.json",
+        metrics=all_metrics,
+        summaries=all_summaries,
+    output:
+        [f"results/{{study}}/tables/{name}" for name in TABLES],
+    log:
+        "logs/tables/{study}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        code=publication_code("tables", "numbers"),
+    message:
+        "Write the tables of study {wildcards.study}."
+    shell:
+        "finegrid tables {wildcards.study} --log {log}"
+
+
+rule study_report:
+    input:
+        rules.compare.output,
+        plan="results/{study}/plan.json",
+        metrics=all_metrics,
+        predictions=all_predictions,
+        summaries=all_summaries,
+        data=study_token_reports,
+        figures=study_figures,
+        tables=study_tables,
+    output:
+        "results/{study}/report.html",
+    log:
+        "logs/report/{study}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        code=publication_code("report"),
+        template=file_hash(
+            Path(workflow.basedir) / "workflow/finegrid/publication/report.html.j2"
+        ),
+    message:
+        "Write the report of study {wildcards.study}."
+    shell:
+        "finegrid report {wildcards.study} --log {log}"

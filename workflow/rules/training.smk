@@ -1,0 +1,97 @@
+# Training strategy: the plan of a study, and one job a run.
+
+
+def training_settings(wildcards):
+    return run_of(wildcards).settings.training_settings()
+
+
+def training_tokens(wildcards):
+    return token_files(run_of(wildcards), "train", "validation")
+
+
+def run_manifest(wildcards):
+    return manifest(run_of(wildcards))
+
+
+def study_plan(wildcards):
+    return plan_settings(study_of(wildcards.study))
+
+
+def plan_reports(wildcards):
+    return token_reports(wildcards.study)
+
+
+def plan_manifests(wildcards):
+    return unique(manifest(run) for run in study_of(wildcards.study).all_runs)
+
+
+def training_memory(wildcards, attempt):
+    """Megabytes, half as much again after each out-of-memory."""
+    return int(
+        memory_estimate(run_of(wildcards).settings, Path.cwd())
+        * (1 + (attempt - 1) / 2)
+    )
+
+
+rule study_plan:
+    input:
+        study=study_files,
+        reports=plan_reports,
+        models=plan_manifests,
+    output:
+        "results/{study}/plan.json",
+        "results/{study}/plan.tsv",
+    log:
+        "logs/plan/{study}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        settings=study_plan,
+        code=code_fingerprint("finegrid.plan"),
+    message:
+        "Plan study {wildcards.study}."
+    shell:
+        "finegrid plan {wildcards.study} --log {log}"
+
+
+rule train_adapter:
+    input:
+        study=study_files,
+        tokens=training_tokens,
+        model=run_manifest,
+    output:
+        weights=directory("results/{study}/runs/{run}/adapter"),
+        history="results/{study}/history/{run}.csv",
+        summary="results/{study}/training/{run}.json",
+        settings="results/{study}/settings/{run}.json",
+        provenance="results/{study}/provenance/{run}.json",
+    log:
+        "logs/train/{study}/{run}.log",
+    benchmark:
+        "benchmarks/train/{study}/{run}.tsv"
+    wildcard_constraints:
+        run=r"(?!full-|base-)[a-z0-9_]+-[0-9a-f]{8}",
+    conda:
+        "../../envs/finegrid.yaml"
+    threads: config["threads"]
+    resources:
+        mem_mb=training_memory,
+    params:
+        settings=training_settings,
+        code=code_fingerprint("finegrid.training.train"),
+    message:
+        "Train {wildcards.run} of study {wildcards.study}."
+    shell:
+        "finegrid train {wildcards.study} {wildcards.run} --scratch {config[scratch]} --log {log}"
+
+
+use rule train_adapter as train_model with:
+    output:
+        weights=directory("results/{study}/runs/{run}/model"),
+        history="results/{study}/history/{run}.csv",
+        summary="results/{study}/training/{run}.json",
+        settings="results/{study}/settings/{run}.json",
+        provenance="results/{study}/provenance/{run}.json",
+    wildcard_constraints:
+        run=r"full-[0-9a-f]{8}",
