@@ -473,6 +473,20 @@ def setting_keys() -> dict[str, dict[str, Any]]:
     return keys
 
 
+def is_setting(key: str) -> bool:
+    """Return whether a dotted key is a setting, an old name of one, or inside a free mapping (`rank_pattern.…`)."""
+    section, _, leaf = key.partition(".")
+    old = (
+        {**RENAMED_ARGS, **FLAGS_NOW_VALUES, **REMOVED_ARGS}
+        if section == "training_args"
+        else RENAMED_KEYS.get(section)
+    )
+    if key in setting_keys() or leaf in (old or {}):
+        return True
+    around = setting_keys().get(key.rpartition(".")[0], {})
+    return "." in leaf and "dict" in around.get("types", ()) and not around.get("fields")
+
+
 def suggestion(key: str) -> str:
     """Return ``"; did you mean 'training_args.seed'?"`` for a key that is no setting, or an empty string."""
     leaf = key.rpartition(".")[2]

@@ -1,0 +1,725 @@
+"""From a study file to its arms and runs: a recipe, the factors that vary it, and the comparison that is wanted.
+
+    recipe + model + settings        what all runs share (each laid over the one before)
+      x factors                      -> arms: one combination of levels, a row of a paper's table
+      x tune                         -> searched inside each arm on the validation loss
+      x seeds                        -> runs: one training each, named by a hash of its settings
+
+A run's id hangs on its own settings and on nothing else of the study: a new level, factor or seed renames no run that
+stays as it is. Two arms that come to the same settings share the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from finegrid.errors import UserError, nearest
+from finegrid.fingerprint import short_hash
+from finegrid.settings import (
+    RunSettings,
+    check_recipe,
+    complete,
+    display_path,
+    expand_dotted,
+    is_setting,
+    merge,
+    suggestion,
+)
+from finegrid.values import NUMBER, Findings, check_mapping, is_number, show
+from finegrid.yaml_file import read_yaml
+
+METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "loss")
+DESIGNS = ("grid", "one-at-a-time", "list")
+LABELS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "ia3": "IA3", "qia3": "QIA3"}
+
+# The study file, key by key, in the form of library_keys; config/README.md and the schema are made from it.
+STUDY_KEYS: dict[str, dict[str, Any]] = {
+    "title": {"types": ["str"], "help": "The question that the study answers; heads the report."},
+    "recipe": {"types": ["str"], "help": "Recipe that every run starts from, relative to the project."},
+    "model": {"types": ["dict"], "help": "The recipe's section `model`, laid over the recipe."},
+    "settings": {"types": ["dict"], "help": "Any keys of a recipe, nested or dotted, laid over the recipe."},
+    "factors": {
+        "types": ["dict"],
+        "help": "What the arms differ in. Each factor is either a mapping from level names to bundles of settings, "
+        "or `{key: dotted.key, levels: [...]}`.",
+    },
+    "tune": {
+        "types": ["dict"],
+        "help": "Factors of the same form that are searched inside each arm; the level with the lowest validation "
+        "loss stands for the arm.",
+    },
+    "design": {
+        "types": ["str"],
+        "choices": list(DESIGNS),
+        "default": "grid",
+        "help": "`grid`: all combinations; `one-at-a-time`: the baseline, and each other level alone; "
+        "`list`: only what `include` names.",
+    },
+    "include": {
+        "types": ["list"],
+        "help": "Arms to add, `{factor: level}` each; a factor left out stays as in the recipe.",
+    },
+    "exclude": {"types": ["list"], "help": "Arms to leave out: all that have the named levels."},
+    "seeds": {"types": ["list[int]"], "help": "One run for each; sets `training_args.seed` and `data_seed`."},
+    "labels": {"types": ["dict"], "help": "Names of levels in figures and tables, by level name."},
+    "compare": {
+        "types": ["dict"],
+        "help": "The comparison that is wanted.",
+        "fields": {
+            "baseline": {
+                "types": ["dict", "str"],
+                "help": "`{factor: level}` of the arm that all others are compared to; default: the first arm.",
+            },
+            "metric": {"types": ["str"], "choices": list(METRICS), "default": "rougeL", "help": "What decides."},
+            "margin": {
+                "types": ["float"],
+                "ge": 0,
+                "default": 0.0,
+                "help": "Differences up to this size count as equivalent.",
+            },
+            "select": {
+                "types": ["str"],
+                "choices": ["loss"],
+                "default": "loss",
+                "help": "What chooses the tuned level inside each arm, on the validation split.",
+            },
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor: a name and the settings that it lays over the recipe."""
+
+    name: str
+    label: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Something that a study varies."""
+
+    name: str
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The comparison that is wanted; `baseline` is the name of an arm."""
+
+    baseline: str
+    metric: str
+    margin: float
+    select: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or (method `base`, seed None, `arms` naming a base arm) the untrained model's evaluation.
+
+    `tuned` maps tuned factors to level names. `base_id` is the untrained base run that it is measured against.
+    `data_id` and `tokens_id` (8 hex digits) name its clean rows and its token files.
+    """
+
+    id: str
+    method: str
+    arms: tuple[str, ...]
+    tuned: Mapping[str, str]
+    seed: int | None
+    settings: RunSettings
+    base_id: str
+    data_id: str
+    tokens_id: str
+    dataset: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One combination of levels: a row of a table. `runs` are ids; `base` is the id of its untrained base run."""
+
+    name: str
+    label: str
+    factors: Mapping[str, str]
+    base: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, resolved: `runs` are trained, `base_runs` only evaluated; `base_arms` hold the latter."""
+
+    name: str
+    title: str
+    path: Path
+    recipe: Path | None
+    factors: tuple[Factor, ...]
+    tune: tuple[Factor, ...]
+    design: str
+    seeds: tuple[int, ...]
+    compare: Compare
+    arms: tuple[Arm, ...]
+    base_arms: tuple[Arm, ...]
+    runs: tuple[Run, ...]
+    base_runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+    _by_id: Mapping[str, Run] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def all_runs(self) -> tuple[Run, ...]:
+        """Base runs first, then the trained ones."""
+        return self.base_runs + self.runs
+
+    def run(self, run_id: str) -> Run:
+        """Return the trained or base run with this id.
+
+        Raises:
+            UserError: the study has no such run.
+        """
+        if run_id not in self._by_id:
+            hint = nearest(run_id, self._by_id) or f"; `finegrid plan {self.name}` lists its runs"
+            raise UserError(f"{self.path}: '{run_id}' is no run of this study{hint}")
+        return self._by_id[run_id]
+
+
+def load_study(path: Path, project: Path) -> Study:
+    """Read a study file and return its arms and runs.
+
+    Args:
+        path: the study file, absolute or relative to the project.
+        project: the folder that paths in study and recipe are relative to.
+
+    Raises:
+        UserError: every problem found, in the study, in its recipe and between its levels.
+    """
+    place = display_path(path, project)
+    mapping, lines = read_yaml(project / path, place)
+    findings = Findings(place, lines)
+    file = check_mapping(STUDY_KEYS, mapping, "", findings)
+    base = _base(file, project, findings)
+    factors = _factors(file, "factors", findings)
+    tune = _factors(file, "tune", findings)
+    seeds = _seeds(file, findings)
+    _check_keys_once(factors, tune, seeds, findings)
+    findings.stop()
+
+    combinations = _combinations(file, factors, findings)
+    findings.stop()
+    cells = _resolve_cells(combinations, tune, base, project, findings)
+    findings.stop()
+    runs, arms = _runs(cells, seeds)
+    _check_effects(factors + tune, cells, findings)
+    _check_tuning(tune, cells, findings)
+    compare = _compare(file.get("compare") or {}, factors, arms, findings)
+    findings.stop()
+
+    base_runs, base_arms = _base_runs(runs, arms)
+    return Study(
+        name=Path(path).stem,
+        title=file.get("title") or Path(path).stem,
+        path=Path(place),
+        recipe=Path(file["recipe"]) if file.get("recipe") else None,
+        factors=factors,
+        tune=tune,
+        design=file.get("design") or "grid",
+        seeds=tuple(dict.fromkeys(run.seed for run in runs)),
+        compare=compare,
+        arms=arms,
+        base_arms=base_arms,
+        runs=runs,
+        base_runs=base_runs,
+        notes=tuple(dict.fromkeys(findings.notes)),
+        _by_id={run.id: run for run in (*base_runs, *runs)},
+    )
+
+
+# --- what all runs share ---
+
+
+def _base(file: Mapping[str, Any], project: Path, findings: Findings) -> dict[str, Any]:
+    """Return the recipe's mapping with the study's own settings laid over it; its values are checked on the way."""
+    base: dict[str, Any] = {}
+    if file.get("recipe"):
+        recipe = Path(file["recipe"])
+        if not (project / recipe).is_file():
+            findings.problem("recipe", f"there is no '{recipe}'; expected a recipe relative to the project folder")
+        else:
+            place = display_path(recipe, project)
+            base, lines = read_yaml(project / recipe, place)
+            check_recipe(base, replace(_inside(findings), place=place, lines=lines))
+            base = expand_dotted(base)
+    if file.get("model"):
+        check_recipe({"model": file["model"]}, _inside(findings))
+        base = merge(base, {"model": file["model"]})
+    if file.get("settings"):
+        check_recipe(file["settings"], _inside(findings, "settings."))
+        base = merge(base, file["settings"])
+    return base
+
+
+def _inside(findings: Findings, prefix: str = "") -> Findings:
+    """Return findings that write to the same lists, with a prefix before every key."""
+    return replace(findings, prefix=prefix, bad=set())
+
+
+def _seeds(file: Mapping[str, Any], findings: Findings) -> tuple[int, ...]:
+    seeds = file.get("seeds")
+    if seeds is None:
+        return ()
+    if not seeds:
+        findings.problem("seeds", "is empty; expected at least one whole number")
+    for seed in seeds:
+        if seed < 0 or seed >= 2**32:
+            findings.problem("seeds", f"{seed} found; expected whole numbers from 0 to {2**32 - 1}")
+    if len(set(seeds)) < len(seeds):
+        findings.problem("seeds", f"{seeds} has a seed twice; each seed is one run")
+    return tuple(seeds)
+
+
+# --- factors ---
+
+
+def _factors(file: Mapping[str, Any], section: str, findings: Findings) -> tuple[Factor, ...]:
+    labels = file.get("labels") or {}
+    factors = []
+    for name, value in (file.get(section) or {}).items():
+        key = f"{section}.{name}"
+        if not isinstance(value, Mapping) or not value:
+            findings.problem(key, f"{show(value)} found; expected levels, or 'key' and 'levels'")
+            continue
+        levels = _key_levels(name, value, key, labels, findings) if "key" in value else None
+        if levels is None and "key" not in value:
+            levels = _bundle_levels(value, key, labels, findings)
+        if levels:
+            names = [level.name for level in levels]
+            for twice in {name for name in names if names.count(name) > 1}:
+                findings.problem(key, f"level '{twice}' is given twice")
+            factors.append(Factor(name, tuple(levels)))
+    return tuple(factors)
+
+
+def _bundle_levels(value: Mapping, key: str, labels: Mapping, findings: Findings) -> list[Level]:
+    levels = []
+    for name, bundle in value.items():
+        if bundle is not None and not isinstance(bundle, Mapping):
+            findings.problem(
+                f"{key}.{name}",
+                f"{show(bundle)} found; expected a bundle of settings such as {{training_args.seed: 1}}, "
+                "or the form 'key: …, levels: […]' for the whole factor",
+            )
+            continue
+        check_recipe(bundle or {}, _inside(findings, f"{key}.{name}."))
+        label = str(labels.get(name, LABELS.get(name, name)))
+        levels.append(Level(str(name), label, expand_dotted(bundle or {})))
+    return levels
+
+
+def _key_levels(name: str, value: Mapping, key: str, labels: Mapping, findings: Findings) -> list[Level] | None:
+    for extra in value.keys() - {"key", "levels"}:
+        findings.problem(f"{key}.{extra}", f"'{extra}' is unknown here{nearest(extra, ('key', 'levels'))}")
+    setting, given = value["key"], value.get("levels")
+    if not isinstance(setting, str) or not is_setting(setting):
+        hint = suggestion(setting) if isinstance(setting, str) else "; expected a dotted key"
+        findings.problem(f"{key}.key", f"'{setting}' is no setting{hint}")
+        return None
+    if isinstance(given, list) and given:
+        given = {level_name(item): item for item in given} if _distinct(given, key, findings) else {}
+    if not isinstance(given, Mapping) or not given:
+        if findings.fine(f"{key}.levels"):
+            findings.problem(f"{key}.levels", f"{show(given)} found; expected a list of values")
+        return None
+    levels = []
+    for level, item in given.items():
+        check_recipe({setting: item}, _inside(findings, f"{key}.levels '{level}': "))
+        label = str(labels.get(level, f"{name.replace('_', ' ')} {level}"))
+        levels.append(Level(str(level), label, expand_dotted({setting: item})))
+    return levels
+
+
+def _distinct(values: list, key: str, findings: Findings) -> bool:
+    names = [level_name(value) for value in values]
+    for twice in sorted({name for name in names if names.count(name) > 1}):
+        findings.problem(f"{key}.levels", f"'{twice}' is given twice; expected different values")
+    return len(set(names)) == len(names)
+
+
+def level_name(value: Any) -> str:
+    """Return a value as a level's name: ``2e-5``, ``0.001``, ``q_proj+v_proj``, ``none``, ``true``."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value) if not value.lstrip("+-").isdigit() else int(value)
+    if is_number(value):
+        return f"{value:.15g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    if isinstance(value, (list, tuple)):
+        return "+".join(level_name(item) for item in value)
+    if isinstance(value, Mapping):
+        return "+".join(f"{key}={level_name(item)}" for key, item in value.items())
+    return "_".join(str(value).replace("/", "_").split())
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        leaves |= _leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _check_keys_once(factors: Iterable, tune: Iterable, seeds: tuple, findings: Findings) -> None:
+    """Two factors that set one key would overwrite each other in silence."""
+    owners: dict[str, str] = {}
+    if seeds:
+        owners = {"training_args.seed": "seeds", "training_args.data_seed": "seeds"}
+    for section, members in (("factors", factors), ("tune", tune)):
+        for factor in members:
+            own = f"{section}.{factor.name}"
+            for key in dict.fromkeys(key for level in factor.levels for key in _leaves(level.settings)):
+                if key in owners:
+                    findings.problem(own, f"sets '{key}', which '{owners[key]}' sets too; expected one place for it")
+            owners |= {key: own for level in factor.levels for key in _leaves(level.settings)}
+    names = [factor.name for factor in (*factors, *tune)]
+    for twice in {name for name in names if names.count(name) > 1}:
+        findings.problem(f"tune.{twice}", f"'{twice}' is the name of a factor too; expected another name")
+
+
+# --- arms ---
+
+Combination = dict[str, Level]
+
+
+def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings: Findings) -> list[Combination]:
+    design = file.get("design") or "grid"
+    if design == "grid":
+        chosen = [
+            dict(zip([factor.name for factor in factors], levels, strict=True))
+            for levels in itertools.product(*(factor.levels for factor in factors))
+        ]
+    elif design == "one-at-a-time":
+        chosen = _one_at_a_time(file, factors, findings)
+    else:
+        chosen = []
+        if not file.get("include"):
+            findings.problem("include", "is missing; 'design: list' runs only the arms named there")
+    for number, entry in enumerate(file.get("exclude") or []):
+        levels = _named(entry, f"exclude[{number}]", factors, findings)
+        kept = [arm for arm in chosen if not (levels and levels.items() <= arm.items())]
+        if levels and len(kept) == len(chosen):
+            findings.problem(f"exclude[{number}]", f"{dict(entry)} matches no arm")
+        chosen = kept
+    for number, entry in enumerate(file.get("include") or []):
+        levels = _named(entry, f"include[{number}]", factors, findings)
+        if levels is not None and levels not in chosen:
+            chosen.append({factor.name: levels[factor.name] for factor in factors if factor.name in levels})
+    if not chosen and not findings.problems:
+        findings.problem("exclude", "leaves no arm; a study needs at least one")
+    _check_arm_names(chosen, findings)
+    return chosen
+
+
+def _one_at_a_time(file: Mapping[str, Any], factors: tuple[Factor, ...], findings: Findings) -> list[Combination]:
+    start = {factor.name: factor.levels[0] for factor in factors}
+    baseline = (file.get("compare") or {}).get("baseline")
+    if isinstance(baseline, Mapping):
+        start |= _named(baseline, "compare.baseline", factors, findings) or {}
+    chosen = [start]
+    for factor in factors:
+        chosen += [start | {factor.name: level} for level in factor.levels if level != start[factor.name]]
+    return chosen
+
+
+def _named(entry: Any, key: str, factors: tuple[Factor, ...], findings: Findings) -> Combination | None:
+    """Return the levels that ``{factor: level}`` names, or None with a problem."""
+    if not isinstance(entry, Mapping):
+        findings.problem(key, f"{show(entry)} found; expected {{factor: level}}")
+        return None
+    named: Combination = {}
+    by_name = {factor.name: factor for factor in factors}
+    for name, wanted in entry.items():
+        if name not in by_name:
+            findings.problem(f"{key}.{name}", f"'{name}' is no factor{nearest(str(name), by_name)}")
+            continue
+        levels = {level.name: level for level in by_name[name].levels}
+        found = levels.get(str(wanted)) or levels.get(level_name(wanted))
+        if found is None:
+            hint = nearest(str(wanted), levels) or f"; expected one of {', '.join(levels)}"
+            findings.problem(f"{key}.{name}", f"'{wanted}' is no level of '{name}'{hint}")
+        else:
+            named[name] = found
+    return named if len(named) == len(entry) else None
+
+
+def arm_name(combination: Mapping[str, Level]) -> str:
+    """Return an arm's name: its levels, joined by hyphens."""
+    return "-".join(level.name for level in combination.values())
+
+
+def _check_arm_names(combinations: list[Combination], findings: Findings) -> None:
+    names = [arm_name(combination) for combination in combinations]
+    for twice in sorted({name for name in names if names.count(name) > 1}):
+        findings.problem("factors", f"two arms come to the name '{twice}'; expected level names that tell them apart")
+    for name in names:
+        if name == "base" or name.startswith("base ("):
+            findings.problem("factors", f"an arm comes to the name '{name}', which is the untrained model's")
+
+
+# --- runs ---
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """An arm at one tuned level, before the seeds."""
+
+    combination: Combination
+    tuned: Combination
+    settings: RunSettings
+    evaluation: Mapping[str, Any]  # evaluation-side settings that the levels set: part of the id
+
+    @property
+    def arm(self) -> str:
+        return arm_name(self.combination) or self.settings.method
+
+    def identity(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return settings | ({"evaluation_factors": self.evaluation} if self.evaluation else {})
+
+
+def _resolve_cells(
+    combinations: list[Combination], tune: tuple[Factor, ...], base: Mapping, project: Path, findings: Findings
+) -> list[_Cell]:
+    cells = []
+    searched = list(itertools.product(*(factor.levels for factor in tune)))
+    for combination, levels in itertools.product(combinations, searched):
+        tuned = dict(zip([factor.name for factor in tune], levels, strict=True))
+        chosen = combination | tuned
+        merged = dict(base)
+        for level in chosen.values():
+            merged = merge(merged, level.settings)
+        _check_survival(chosen, merged, findings)
+        name = arm_name(combination)
+        inner = Findings(f"{findings.place}: arm {name}" if name else findings.place)
+        settings = complete(check_recipe(merged, inner), project, inner)
+        findings.problems += inner.problems
+        # The same for every arm, mostly: told once, for the study.
+        findings.notes += [note.replace(inner.place, findings.place, 1) for note in inner.notes]
+        if settings is not None:
+            cells.append(_Cell(combination, tuned, settings, _evaluation_side(chosen)))
+    return cells
+
+
+def _check_survival(chosen: Combination, merged: Mapping[str, Any], findings: Findings) -> None:
+    """What a level sets must still stand after all others: ``peft_config: null`` and a rank exclude each other."""
+    for name, level in chosen.items():
+        for key, value in _leaves(level.settings).items():
+            if _value_at(merged, key) == value or (isinstance(value, Mapping) and not value):
+                continue
+            others = [
+                f"level '{other.name}' of '{factor}'"
+                for factor, other in chosen.items()
+                if factor != name and any(_overlap(key, theirs) for theirs in _leaves(other.settings))
+            ]
+            findings.problem(
+                f"factors.{name}.{level.name}",
+                f"'{key}' does not go with {' and '.join(others) or 'another level'}, which sets the same section; "
+                "leave the combination out with 'exclude' (and name the arm without this factor in 'include')",
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one.startswith(f"{other}.") or other.startswith(f"{one}.") or one.split(".")[0] == other.split(".")[0]
+
+
+def _value_at(mapping: Mapping[str, Any], key: str) -> Any:
+    value: Any = mapping
+    for part in key.split("."):
+        value = value.get(part, _value_at) if isinstance(value, Mapping) else _value_at
+    return value
+
+
+def _evaluation_side(chosen: Combination) -> dict[str, Any]:
+    """Return the evaluation-side settings that the levels themselves set; how fast they are scored is no part."""
+    leaves = {key: value for level in chosen.values() for key, value in _leaves(level.settings).items()}
+    sections = ("generation_config.", "evaluation.")
+    return {key: leaves[key] for key in sorted(leaves) if key.startswith(sections) and key != "evaluation.batch_size"}
+
+
+def _runs(cells: list[_Cell], seeds: tuple[int, ...]) -> tuple[tuple[Run, ...], tuple[Arm, ...]]:
+    runs: dict[str, Run] = {}
+    canonical: dict[str, Any] = {}
+    by_arm: dict[str, list[str]] = {}
+    for cell in cells:
+        settings = cell.settings
+        shared = {
+            "method": settings.method,
+            "base_id": f"base-{short_hash(cell.identity(settings.base_settings()))}",
+            "data_id": short_hash(settings.data_settings()),
+            "tokens_id": short_hash(settings.token_settings()),
+            "dataset": settings.dataset_name,
+            "tuned": {name: level.name for name, level in cell.tuned.items()},
+        }
+        for seed in seeds or (settings.training_args["seed"],):
+            seeded = _with_seed(settings, seed) if seeds else settings
+            identity = cell.identity(seeded.training_settings())
+            run_id = f"{settings.method}-{short_hash(identity)}"
+            if canonical.setdefault(run_id, identity) != identity:
+                raise UserError(f"{run_id}: two different runs come to this id; change any setting of one of them")
+            known = runs.get(run_id)
+            arms = dict.fromkeys([*(known.arms if known else ()), cell.arm])
+            runs[run_id] = (
+                replace(known, arms=tuple(arms))
+                if known
+                else Run(id=run_id, arms=tuple(arms), seed=seed, settings=seeded, **shared)
+            )
+            by_arm.setdefault(cell.arm, []).append(run_id)
+    first = {cell.arm: cell for cell in reversed(cells)}
+    arms = tuple(
+        Arm(
+            name=name,
+            label=", ".join(level.label for level in first[name].combination.values()) or LABELS.get(name, name),
+            factors={factor: level.name for factor, level in first[name].combination.items()},
+            base=runs[ids[0]].base_id,
+            runs=tuple(dict.fromkeys(ids)),
+        )
+        for name, ids in by_arm.items()
+    )
+    return tuple(runs.values()), arms
+
+
+def _with_seed(settings: RunSettings, seed: int) -> RunSettings:
+    """Return the settings with a seed for initialisation and dropout, and for the order of the rows."""
+    arguments = settings.training_args | {"seed": seed, "data_seed": seed}
+    return settings.model_copy(update={"training_args": arguments})
+
+
+def _base_runs(runs: tuple[Run, ...], arms: tuple[Arm, ...]) -> tuple[tuple[Run, ...], tuple[Arm, ...]]:
+    """Return one untrained run for each model, quantization and token set among the runs."""
+    factors = {arm.name: arm.factors for arm in arms}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.base_id, []).append(run)
+    names = _base_names(groups, factors)
+    base_runs, base_arms = [], []
+    for base_id, members in groups.items():
+        first = members[0]
+        kept = {"use_cpu"} & first.settings.training_args.keys()
+        settings = first.settings.model_copy(
+            update={"training_args": {key: first.settings.training_args[key] for key in kept}, "peft_config": None}
+        )
+        name = names[base_id]
+        base_runs.append(
+            replace(first, id=base_id, method="base", arms=(name,), tuned={}, seed=None, settings=settings)
+        )
+        label = f"Untrained{name.removeprefix('base')}"
+        base_arms.append(Arm(name=name, label=label, factors={}, base=base_id, runs=(base_id,)))
+    return tuple(base_runs), tuple(base_arms)
+
+
+def _base_names(groups: Mapping[str, list[Run]], factors: Mapping[str, Mapping]) -> dict[str, str]:
+    """Return ``base``, ``base (nf4)``, and where that does not tell them apart the levels that do."""
+    details = {base_id: [quantization_name(members[0].settings)] for base_id, members in groups.items()}
+    if len({tuple(parts) for parts in details.values()}) < len(details):
+        for base_id, members in groups.items():
+            chosen = [dict(factors[run.arms[0]]) | dict(run.tuned) for run in members]
+            others = [
+                dict(factors[run.arms[0]]) | dict(run.tuned)
+                for other, theirs in groups.items()
+                if other != base_id
+                for run in theirs
+            ]
+            for name in chosen[0]:
+                own = {levels.get(name) for levels in chosen}
+                if len(own) == 1 and any(levels.get(name) not in own for levels in others):
+                    details[base_id].append(chosen[0][name])
+    if len({tuple(parts) for parts in details.values()}) < len(details):
+        details = {base_id: [*parts, base_id.removeprefix("base-")] for base_id, parts in details.items()}
+    joined = {base_id: ", ".join(dict.fromkeys(filter(None, parts))) for base_id, parts in details.items()}
+    return {base_id: f"base ({text})" if text else "base" for base_id, text in joined.items()}
+
+
+def quantization_name(settings: RunSettings) -> str:
+    """Return ``nf4``, ``fp4``, ``int8``, or an empty string for weights that are not quantized."""
+    quantization = settings.quantization_config
+    if not quantization:
+        return ""
+    return "int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type", "fp4")
+
+
+# --- sense ---
+
+
+def _check_effects(factors: tuple[Factor, ...], cells: list[_Cell], findings: Findings) -> None:
+    """A factor whose levels all come to the same runs tells nothing."""
+    results = [(cell, short_hash(cell.identity(cell.settings.training_settings()))) for cell in cells]
+    for factor in factors:
+        if len(factor.levels) < 2:
+            continue
+        groups: dict[tuple, set[str]] = {}
+        levels: set[str] = set()
+        for cell, result in results:
+            chosen = cell.combination | cell.tuned
+            if factor.name not in chosen:
+                continue
+            levels.add(chosen[factor.name].name)
+            rest = tuple((name, level.name) for name, level in chosen.items() if name != factor.name)
+            groups.setdefault(rest, set()).add(result)
+        if len(levels) > 1 and len(groups) < len(results) and all(len(found) == 1 for found in groups.values()):
+            section = "tune" if any(factor.name in cell.tuned for cell in cells) else "factors"
+            findings.problem(
+                f"{section}.{factor.name}",
+                f"changes nothing: its levels {', '.join(sorted(levels))} come to the same runs; "
+                "expected levels that differ in a setting which a result hangs on",
+            )
+
+
+def _check_tuning(tune: tuple[Factor, ...], cells: list[_Cell], findings: Findings) -> None:
+    for cell in cells:
+        data = cell.settings.data_config
+        held_out = data.val_file or data.validation_size or (data.dataset and data.dataset.validation_split)
+        if tune and not held_out:
+            findings.problem("tune", "chooses on the validation loss, but there are no validation rows; give val_file")
+            return
+
+
+def _compare(
+    given: Mapping[str, Any], factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings
+) -> Compare:
+    fields = STUDY_KEYS["compare"]["fields"]
+    values = {key: given.get(key, described.get("default")) for key, described in fields.items()}
+    return Compare(
+        baseline=_baseline(given.get("baseline"), factors, arms, findings),
+        metric=values["metric"],
+        margin=float(values["margin"]),
+        select=values["select"],
+    )
+
+
+def _baseline(given: Any, factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings) -> str:
+    names = [arm.name for arm in arms]
+    if given is None:
+        return names[0]
+    key = "compare.baseline"
+    if isinstance(given, str):
+        if given not in names:
+            hint = nearest(given, names) or f"; expected one of {_few(names)}"
+            findings.problem(key, f"'{given}' is no arm{hint}")
+        return given
+    levels = _named(given, key, factors, findings)
+    if levels is None:
+        return names[0]
+    wanted = {name: level.name for name, level in levels.items()}
+    exact = [arm.name for arm in arms if arm.factors == wanted]
+    matching = exact or [arm.name for arm in arms if wanted.items() <= arm.factors.items()]
+    if len(matching) != 1:
+        found = f"matches {len(matching)} arms ({_few(matching)})" if matching else "is no arm of this study"
+        findings.problem(key, f"{wanted} {found}; expected the levels of exactly one of {_few(names)}")
+    return matching[0] if matching else names[0]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
