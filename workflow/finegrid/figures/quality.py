@@ -1,0 +1,169 @@
+"""Figure: the primary metric by arm, with intervals and seeds, and each arm's difference to the baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from finegrid.figures import style
+from finegrid.figures.style import Study
+
+ROWS = 42  # more arms than fit on a page: the best are shown
+LETTERS = 26  # of an arm's label in one line
+
+
+def draw(study_dir: Path, output: Path) -> None:
+    """Draw from `results/<study>/` and write `output`.pdf, .png, .csv."""
+    style.save(*plot(study_dir), output)
+
+
+def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
+    """Return the figure and its table: a row an arm with its estimate (mean, low, high), its difference to the
+    baseline (difference, difference_low, difference_high, p_adjusted, verdict), and a row a seed (seed, mean)."""
+    study = style.load_study(study_dir)
+    arms, left_out = _shown(study)
+    table = _table(study, arms)
+    labels = [style.wrapped(study.label(arm), LETTERS) for arm in arms]
+    # A label of two lines needs a row of its own height.
+    height = 1.25 + sum(0.20 + 0.13 * label.count("\n") for label in labels)
+    figure, (left, right) = style.start(style.DOUBLE, max(height, 1.9), 1, 2, sharey=True, width_ratios=(1, 1))
+    for row, arm in enumerate(arms):
+        _estimate(left, table[table["arm"] == arm], row, study)
+        _difference(right, table[(table["arm"] == arm) & table["seed"].isna()].iloc[0], row, study)
+    left.set_yticks(range(len(arms)), labels)
+    left.set(ylim=(len(arms) - 0.4, -0.6), xlabel=style.metric_name(study), title="Estimate")
+    left.grid(axis="y", visible=False)
+    _difference_axis(right, table, arms, study)
+    style.legend(figure, _handles(study, table), left_out)
+    style.message(figure, _message(study))
+    return figure, table
+
+
+def _shown(study: Study) -> tuple[list[str], str | None]:
+    """All arms in the plan's order, or the best of very many with the baseline and the base models."""
+    arms = [arm.arm for arm in study.plan.arms]
+    if len(arms) <= ROWS:
+        return arms, None
+    fixed = {study.plan.baseline} | {arm.arm for arm in study.untrained}
+    values = study.arms[study.plan.metric] * (1 if study.plan.metric == "loss" else -1)
+    best = set(values.drop(list(fixed)).sort_values().index[: max(0, ROWS - len(fixed))])
+    kept = [arm for arm in arms if arm in best or arm in fixed][:ROWS]
+    return kept, f"{len(kept)} of {len(arms)} arms: the best, the baseline, the base models"
+
+
+def _table(study: Study, arms: list[str]) -> pd.DataFrame:
+    metric = study.plan.metric
+    compared = study.comparisons[study.comparisons["metric"] == metric].set_index("arm")
+    seeds = {run.run: run.seed for run in study.plan.runs}
+    rows = []
+    for arm in arms:
+        estimate = study.arms.loc[arm]
+        row = {"arm": arm, "label": study.label(arm), "metric": metric, "seed": None, "mean": estimate[metric]}
+        row |= {"low": estimate[f"{metric}_low"], "high": estimate[f"{metric}_high"]}
+        if arm in compared.index:
+            found = compared.loc[arm]
+            row |= {"difference": found["difference"], "difference_low": found["low"], "difference_high": found["high"]}
+            row |= {"p_adjusted": found["p_adjusted"], "verdict": found["verdict"]}
+        rows.append(row)
+        for run in study.runs(arm):
+            if seeds[run] is not None:
+                measured = json.loads((study.folder / "metrics" / f"{run}.json").read_text(encoding="utf-8"))
+                value = measured["splits"][study.comparison["split"]].get(metric)
+                rows.append({"arm": arm, "label": row["label"], "metric": metric, "seed": seeds[run], "mean": value})
+    columns = ["arm", "label", "metric", "seed", "mean", "low", "high"]
+    columns += ["difference", "difference_low", "difference_high", "p_adjusted", "verdict"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype({"seed": "Int64"} | dict.fromkeys(columns[4:-1], float))
+
+
+def _estimate(panel, rows: pd.DataFrame, row: int, study: Study) -> None:
+    arm, seeds = rows[rows["seed"].isna()].iloc[0], rows[rows["seed"].notna()]
+    colour = study.colours[arm["arm"]]
+    panel.plot([arm["low"], arm["high"]], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
+    panel.plot(arm["mean"], row, "o", color=colour, markersize=4.5)
+    panel.plot(
+        seeds["mean"],
+        [row] * len(seeds),
+        "o",
+        markersize=3,
+        markerfacecolor="white",
+        markeredgecolor="0.15",
+        markeredgewidth=0.6,
+    )
+
+
+def _difference(panel, arm: pd.Series, row: int, study: Study) -> None:
+    if pd.isna(arm["difference"]):
+        return
+    colour = study.colours[arm["arm"]]
+    panel.plot(
+        [arm["difference_low"], arm["difference_high"]], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt"
+    )
+    panel.plot(arm["difference"], row, "o", color=colour, markersize=4.5)
+
+
+def _difference_axis(panel, table: pd.DataFrame, arms: list[str], study: Study) -> None:
+    panel.axvline(0, color="0.2", linewidth=0.8, zorder=1)
+    if study.plan.margin:
+        panel.axvspan(-study.plan.margin, study.plan.margin, color="0.9", linewidth=0, zorder=0)
+    panel.grid(axis="y", visible=False)
+    panel.tick_params(axis="y", left=False, length=0)
+    # Verdicts stand where a second axis has its labels: beside the panel, so that no interval runs into them.
+    beside = panel.secondary_yaxis("right")
+    verdicts = table[table["seed"].isna()].set_index("arm")["verdict"]
+    words = ["(baseline)" if arm == study.plan.baseline else str(verdicts[arm]) for arm in arms]
+    beside.set_yticks(range(len(arms)), words)
+    beside.tick_params(length=0)
+    beside.spines["right"].set_visible(False)
+    baseline = study.label(study.plan.baseline)
+    better = "lower is better" if study.plan.metric == "loss" else "higher is better"
+    panel.set(
+        title=style.wrapped(f"Difference to {baseline} ({better})", 44), xlabel=f"Difference in {study.plan.metric}"
+    )
+
+
+def _handles(study: Study, table: pd.DataFrame) -> list:
+    handles = [Line2D([], [], color="0.3", marker="o", markersize=4.5, label="mean, 95 % interval")]
+    if table["seed"].notna().any():
+        seed = {
+            "marker": "o",
+            "markersize": 3,
+            "markerfacecolor": "white",
+            "markeredgecolor": "0.15",
+            "linestyle": "none",
+        }
+        handles.append(Line2D([], [], label="one seed", markeredgewidth=0.6, **seed))
+    if study.plan.margin:
+        handles.append(Patch(facecolor="0.9", label=f"margin ±{study.plan.margin:g}"))
+    return handles
+
+
+def _message(study: Study) -> str:
+    metric = study.plan.metric
+    rows = study.comparisons[study.comparisons["metric"] == metric].set_index("arm")
+    trained = [arm.arm for arm in study.trained if arm.arm in rows.index]
+    baseline = study.label(study.plan.baseline)
+    if not trained:
+        return f"{metric} by arm"
+    groups = {}
+    for arm in trained:
+        groups.setdefault(rows.loc[arm, "verdict"], []).append(study.label(arm))
+    phrases = []
+    words = {
+        "better": "better than {0}: {1}",
+        "worse": "worse than {0}: {1}",
+        "equivalent": "equivalent to {0} within the margin: {1}",
+        "not distinguishable": "not distinguishable from {0}: {1}",
+    }
+    for verdict, phrase in words.items():
+        names = groups.get(verdict, [])
+        if names:
+            listed = ", ".join(names) if len(names) <= 3 else f"{len(names)} arms"
+            phrases.append(phrase.format(baseline if not phrases else "it", listed))
+    text = "; ".join(phrases)
+    return f"{metric}: {text}"

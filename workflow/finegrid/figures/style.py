@@ -1,0 +1,268 @@
+"""How all figures look, what they read, and how they are saved.
+
+A figure module has `plot(study_dir)`, which returns the figure and the tidy table it shows, and
+`draw(study_dir, output)`, which writes `output.pdf`, `output.png` and `output.csv`. Figures read only the small
+files of `results/<study>/` that git tracks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: a cluster node has no display
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from finegrid.analysis.scores import Arm, Plan, load_plan
+from finegrid.errors import UserError
+
+SINGLE, DOUBLE = 3.3, 6.8  # column widths in inches
+POINTS = 8
+DPI = 300
+FEW = 8  # arms that a legend names one by one, each in a colour that all readers can tell
+CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "Noto Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Arial Unicode MS",
+)
+METRIC_NAMES = {
+    "loss": "Test loss (nats per label token)",
+    "exact_match": "Exact match (share)",
+    "f1": "Token F1 (0–1)",
+    "rouge1": "ROUGE-1 (0–1)",
+    "rouge2": "ROUGE-2 (0–1)",
+    "rougeL": "ROUGE-L (0–1)",
+    "bleu": "Sentence BLEU (0–1)",
+    "chrf": "chrF (0–1)",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What figures read of `results/<study>/`: the plan and the comparison's tables, by arm name."""
+
+    folder: Path
+    plan: Plan
+    arms: pd.DataFrame
+    comparisons: pd.DataFrame
+    comparison: dict
+    colours: dict[str, tuple[float, float, float]] = field(repr=False)
+
+    @property
+    def trained(self) -> list[Arm]:
+        """Arms that were trained, in the plan's order."""
+        return [arm for arm in self.plan.arms if any(run.train for run in self.plan.runs_of(arm.arm))]
+
+    @property
+    def untrained(self) -> list[Arm]:
+        """Base models as they are, in the plan's order."""
+        trained = {arm.arm for arm in self.trained}
+        return [arm for arm in self.plan.arms if arm.arm not in trained]
+
+    def label(self, arm: str) -> str:
+        """The arm's name in print."""
+        found = next(one for one in self.plan.arms if one.arm == arm)
+        return printable(found.label, found.arm)
+
+    def runs(self, arm: str) -> list[str]:
+        """The runs that represent the arm: its chosen tuned level, one run a seed."""
+        return self.comparison["selected"][arm]["runs"]
+
+
+def load_study(folder: Path) -> Study:
+    """Read the plan and the comparison.
+
+    Raises:
+        UserError: a file is not there yet.
+    """
+    plan = load_plan(folder / "plan.json")
+    paths = [folder / "comparison" / name for name in ("arms.tsv", "comparisons.tsv", "comparison.json")]
+    if missing := [
+        f"{path}: no such file; expected what the stage compare writes" for path in paths if not path.exists()
+    ]:
+        raise UserError(*missing)
+    arms = pd.read_csv(paths[0], sep="\t", dtype={"arm": str, "label": str}, keep_default_na=True).set_index("arm")
+    comparisons = pd.read_csv(paths[1], sep="\t", dtype={"arm": str, "baseline": str})
+    comparison = json.loads(paths[2].read_text(encoding="utf-8"))
+    return Study(folder, plan, arms, comparisons, comparison, arm_colours(plan))
+
+
+def arm_colours(plan: Plan) -> dict[str, tuple[float, float, float]]:
+    """One colour an arm, the same in every figure: it hangs on the order of the arms in the plan alone.
+
+    Untrained base models are grey. Up to FEW arms have the colours of seaborn's colour-blind palette; more have steps
+    of viridis, whose lightness alone tells their order.
+    """
+    trained = [arm.arm for arm in plan.arms if any(run.train for run in plan.runs_of(arm.arm))]
+    untrained = [arm.arm for arm in plan.arms if arm.arm not in trained]
+    greys = sns.color_palette("Greys_r", len(untrained) + 2)[: len(untrained)]
+    palette = [
+        colour for index, colour in enumerate(sns.color_palette("colorblind")) if index not in (7, 8)
+    ]  # grey, yellow
+    if len(trained) > len(palette):
+        palette = sns.color_palette("viridis", len(trained) + len(trained) // 8)  # without the palest end
+    return dict(zip(trained, palette, strict=False)) | dict(zip(untrained, greys, strict=True))
+
+
+@cache
+def cjk_font() -> str | None:
+    """Name of an installed font with Chinese characters, or None."""
+    installed = set(font_manager.get_font_names())
+    return next((name for name in CJK_FONTS if name in installed), None)
+
+
+def printable(text: str, fallback: str) -> str:
+    """`text`, or `fallback` with a warning where no installed font has its characters."""
+    if not any(_wide(letter) for letter in text) or cjk_font():
+        return text
+    warnings.warn(
+        f"no font with Chinese characters is installed: {text!r} is drawn as {fallback!r}; "
+        "install one (Debian: fonts-noto-cjk) and draw again",
+        stacklevel=2,
+    )
+    return "".join("?" if _wide(letter) else letter for letter in fallback)
+
+
+def _wide(letter: str) -> bool:
+    return unicodedata.east_asian_width(letter) in "WF"
+
+
+def start(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, object]:
+    """A figure in our style: `plt.subplots` with sizes in inches and a layout that leaves room for all texts."""
+    fonts = ["DejaVu Sans"] + ([cjk_font()] if cjk_font() else [])
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "font.family": fonts,
+            "font.size": POINTS,
+            **dict.fromkeys(("axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"), POINTS),
+            **dict.fromkeys(("legend.fontsize", "legend.title_fontsize", "figure.titlesize"), POINTS),
+            "axes.linewidth": 0.6,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "0.92",
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.2,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "xtick.major.size": 3,
+            "ytick.major.size": 3,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,  # TrueType: text stays text, as journals ask
+            "axes.formatter.use_mathtext": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        },
+    )
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def message(figure: Figure, text: str) -> None:
+    """Say the figure's one message as its title, wrapped to the figure's width."""
+    letters = int(figure.get_figwidth() * 72 / (POINTS * 0.60))
+    figure.suptitle(wrapped(text, letters), x=0.01, ha="left", fontweight="bold")
+
+
+def wrapped(text: str, letters: int) -> str:
+    """Break text into lines of at most `letters` letters; Chinese ones count double and break anywhere."""
+    if not any(_wide(letter) for letter in text):
+        return textwrap.fill(text, letters)
+    lines, width = [""], 0
+    for letter in text:
+        size = 2 if _wide(letter) else 1
+        if width + size > letters:
+            lines.append("")
+            width = 0
+        lines[-1] += letter
+        width += size
+    return "\n".join(lines)
+
+
+def cells(text: str) -> int:
+    """Width of a text in letters."""
+    return sum(2 if _wide(letter) else 1 for letter in text)
+
+
+def legend(figure: Figure, handles: list[Line2D], more: str | None = None) -> None:
+    """A legend below the panels, in as many columns as fit; `more` says in words what it leaves out."""
+    if more:
+        handles = [*handles, Line2D([], [], linestyle="none", label=more)]
+    if not handles:
+        return
+    letters = figure.get_figwidth() * 72 / (POINTS * 0.62)
+    longest = max(cells(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), 6, int(letters / (longest + 7))))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2, columnspacing=1.5)
+
+
+def named_arms(study: Study, order: Callable[[str], float]) -> tuple[list[str], str | None]:
+    """Arms that a legend names: all where they are few; else the baseline and the best by `order` (smallest first)."""
+    trained = [arm.arm for arm in study.trained]
+    if len(trained) <= FEW:
+        return trained, None
+    best = sorted(trained, key=order)[: FEW - 1]
+    named = [arm for arm in trained if arm in best or arm == study.plan.baseline]
+    return named, f"and {len(trained) - len(named)} more arms: see the table"
+
+
+def metric_name(study: Study) -> str:
+    """Axis label of the primary metric."""
+    return METRIC_NAMES[study.plan.metric].replace("Test", study.comparison["split"].capitalize())
+
+
+def histories(study: Study, arms: Iterable[str]) -> pd.DataFrame:
+    """Histories of the runs that represent the arms, one row a log event, with columns arm, run and seed."""
+    seeds = {run.run: run.seed for run in study.plan.runs}
+    tables = []
+    for arm in arms:
+        for run in study.runs(arm):
+            path = study.folder / "history" / f"{run}.csv"
+            if not path.exists():
+                raise UserError(f"{path}: no such file; expected the history of a trained run")
+            tables.append(pd.read_csv(path).assign(arm=arm, run=run, seed=seeds[run]))
+    if not tables:
+        raise UserError(f"{study.folder}: no arm of the study was trained; expected at least one")
+    return pd.concat(tables, ignore_index=True)
+
+
+def save(figure: Figure, table: pd.DataFrame, output: Path) -> None:
+    """Write `output`.pdf, .png and .csv, each atomically and with the same bytes each time."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(suffix: str, writer: Callable[[Path], object]) -> None:
+        final = output.with_name(output.name + suffix)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}")
+        writer(temporary)
+        os.replace(temporary, final)
+
+    # Dates and programme versions would change the bytes of the same figure.
+    write(".pdf", lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
+    write(".png", lambda path: figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None}))
+    write(".csv", lambda path: table.to_csv(path, index=False, lineterminator="\n", float_format="%.8g"))
+    plt.close(figure)
