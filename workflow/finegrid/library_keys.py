@@ -44,9 +44,8 @@ def describe(annotation: Any) -> dict[str, Any]:
         choices += _choices(part)
         if dataclasses.is_dataclass(part):
             fields |= _dataclass_keys(part)
-    # An enum beside a free `str` (`SchedulerType | str`) means the enum's values.
     described: dict[str, Any] = {"types": list(dict.fromkeys(names))}
-    if choices:
+    if choices:  # an enum beside a free `str` (`SchedulerType | str`) means the enum's values
         described["choices"] = sorted(set(choices))
     if fields:
         described["fields"] = fields
@@ -121,7 +120,11 @@ def _dataclass_keys(cls: Any) -> dict[str, Any]:
         described = describe(hints[field.name])
         if "choices" in field.metadata:
             described["choices"] = sorted(field.metadata["choices"])
-        keys[field.name] = {**described, "default": _default(field), "help": _first_sentence(field.metadata.get("help"))}
+        keys[field.name] = {
+            **described,
+            "default": _default(field),
+            "help": _first_sentence(field.metadata.get("help")),
+        }
     return keys
 
 
@@ -146,7 +149,7 @@ def _jsonable(value: Any) -> Any:
 def _first_sentence(text: Any) -> str:
     """Return the first sentence of a help text on one line, at most 200 characters long."""
     text = "".join(text) if isinstance(text, tuple) else text or ""  # peft has stray commas behind some texts
-    line = " ".join(text.split()).replace("|", "/")
+    line = re.sub(r"</?\w[^>]*>", "", " ".join(text.split())).replace("|", "/")
     sentence = re.split(r"(?<=[a-z0-9`'\")])\. (?=[A-Z`])", line, maxsplit=1)[0].rstrip(".")
     return sentence if len(sentence) <= 200 else sentence[:197].rsplit(" ", 1)[0] + "..."
 

@@ -87,12 +87,12 @@ class Limits(Section):
 class HubDataset(Section):
     """A hub data set at a pinned revision (read by `datasets`)."""
 
-    path: str
-    name: str | None = None
+    path: str = Field(description="Hub id, or a folder relative to the project.")
+    name: str | None = Field(None, description="Configuration of the data set, where it has several.")
     revision: str | None = Field(None, description="Commit of the hub repository; required unless `path` is a folder.")
-    train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
+    train_split: str = Field("train", description="Split to train on.")
+    validation_split: str | None = Field(None, description="Split that the validation loss is measured on.")
+    test_split: str | None = Field(None, description="Split that the comparison is made on.")
 
 
 class DataConfig(Section):
@@ -100,8 +100,8 @@ class DataConfig(Section):
 
     name: str | None = Field(None, description="Name of the data set in paths; default: folder of the train file.")
     train_file: str | list[str] | None = Field(None, description="json, jsonl, csv or parquet, plain or .gz.")
-    val_file: str | list[str] | None = None
-    test_file: str | list[str] | None = None
+    val_file: str | list[str] | None = Field(None, description="Rows that the validation loss is measured on.")
+    test_file: str | list[str] | None = Field(None, description="Rows that the comparison is made on.")
     dataset: HubDataset | None = Field(None, description="A hub data set instead of files.")
     format: Literal["auto", "conversations", "messages", "sharegpt", "alpaca", "prompt_completion", "columns"] = Field(
         "auto", description="Recognised by content unless named; the report tells which."
@@ -109,7 +109,7 @@ class DataConfig(Section):
     columns: dict[Literal["prompt", "answer", "system", "id"], str] | None = Field(
         None, description="For `format: columns`: which column is the prompt, the answer, the system message, the id."
     )
-    encoding: str = "utf-8"
+    encoding: str = Field("utf-8", description="Encoding of text files, as Python names it.")
     system_prompt: str | None = Field(None, description="System message for rows that have none.")
     num_proc: int = Field(1, ge=1, description="Processes for cleaning and tokenising; changes no result.")
     streaming: bool = Field(False, description="Read the train split as a stream: needs `training_args.max_steps`.")
@@ -118,13 +118,13 @@ class DataConfig(Section):
     )
     test_size: float | int | None = Field(None, description="The same for test.")
     max_train_samples: int | None = Field(None, ge=1, description="Rows kept of train after cleaning, drawn by seed.")
-    max_validation_samples: int | None = Field(None, ge=1)
-    max_test_samples: int | None = Field(None, ge=1)
+    max_validation_samples: int | None = Field(None, ge=1, description="The same for the validation split.")
+    max_test_samples: int | None = Field(None, ge=1, description="The same for the test split.")
     train_fraction: float | None = Field(None, gt=0, le=1, description="Share of the cleaned train rows kept.")
     sample_seed: int = Field(0, description="Seed of every draw of rows; independent of the run's seed.")
-    cleaning: Cleaning = Cleaning()
-    truncation: Truncation = Truncation()
-    limits: Limits = Limits()
+    cleaning: Cleaning = Field(Cleaning(), description="Cleaning steps, see below.")
+    truncation: Truncation = Field(Truncation(), description="What happens to long rows, see below.")
+    limits: Limits = Field(Limits(), description="How much may be lost, see below.")
 
 
 class Evaluation(Section):
@@ -146,15 +146,15 @@ class RunSettings(Section):
     change no result and are in none of them.
     """
 
-    model: ModelSettings
-    data_config: DataConfig = DataConfig()
+    model: ModelSettings = Field(description="The base model, see below.")
+    data_config: DataConfig = Field(DataConfig(), description="The data, see below.")
     max_input_length: int = Field(512, ge=1, description="Tokens of the prompt, template included.")
     max_output_length: int = Field(512, ge=1, description="Tokens of the answer, its end-of-text included.")
-    training_args: dict[str, Any] = Field(default_factory=dict)
-    peft_config: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
-    generation_config: dict[str, Any] = Field(default_factory=dict)
-    evaluation: Evaluation = Evaluation()
+    training_args: dict[str, Any] = Field(default_factory=dict, description="How it learns: transformers' arguments.")
+    peft_config: dict[str, Any] | None = Field(None, description="The adapter; null trains all weights.")
+    quantization_config: dict[str, Any] | None = Field(None, description="Quantization of the frozen weights.")
+    generation_config: dict[str, Any] = Field(default_factory=dict, description="How answers are generated.")
+    evaluation: Evaluation = Field(Evaluation(), description="How a run is scored, see below.")
 
     @property
     def method(self) -> str:
@@ -400,9 +400,9 @@ def check_recipe(mapping: Mapping[str, Any], findings: Findings, peft_type: str 
             checked[section] = _check_library(section, value, findings, peft_type)
         elif section in ("model", "data_config") and isinstance(value, Mapping):
             renamed = _rename(value, RENAMED_KEYS[section], section, findings)
-            checked[section] = check_mapping(_recipe_keys()[section]["fields"], renamed, section, findings)
+            checked[section] = check_mapping(recipe_keys()[section]["fields"], renamed, section, findings)
         else:
-            checked[section] = check_value(_recipe_keys()[section], value, section, findings)
+            checked[section] = check_value(recipe_keys()[section], value, section, findings)
     return checked
 
 
@@ -467,7 +467,7 @@ def expand_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def setting_keys() -> dict[str, dict[str, Any]]:
     """Return the description of every setting by its dotted key; `peft_config` has the keys of all its types."""
     keys: dict[str, dict[str, Any]] = {}
-    for section, described in _recipe_keys().items():
+    for section, described in recipe_keys().items():
         keys[section] = described
         keys |= _flat(_library_fields(section) or described.get("fields", {}), section)
     return keys
@@ -491,7 +491,9 @@ def suggestion(key: str) -> str:
     """Return ``"; did you mean 'training_args.seed'?"`` for a key that is no setting, or an empty string."""
     leaf = key.rpartition(".")[2]
     elsewhere = [known for known in setting_keys() if known.rpartition(".")[2] == leaf]
-    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else nearest(key, setting_keys())
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return nearest(key, setting_keys()) or f"; expected a key of {', '.join(RunSettings.model_fields)}"
 
 
 def display_path(path: Path, project: Path) -> str:
@@ -506,7 +508,8 @@ RENAMED_KEYS = {"model": {"torch_dtype": "dtype"}, "data_config": {"validation_f
 
 
 @cache
-def _recipe_keys() -> dict[str, dict[str, Any]]:
+def recipe_keys() -> dict[str, dict[str, Any]]:
+    """Return the descriptions of a recipe's sections; our own have `fields`, the libraries' are in library_keys."""
     return section_keys(RunSettings)
 
 
@@ -577,7 +580,7 @@ def _check_library(section: str, value: Any, findings: Findings, peft_type: str 
     known = {key: item for key, item in value.items() if key in fields}
     for key in [key for key in value if key not in fields]:
         name = f"{section} for {peft_type}" if peft_type else section
-        hint = nearest(str(key), fields) or suggestion(f"{section}.{key}") or "; config/README.md lists them all"
+        hint = nearest(str(key), fields) or suggestion(f"{section}.{key}")
         findings.problem(f"{section}.{key}", f"'{key}' is no setting of {name}{hint}")
     return check_mapping(fields, known, section, findings)
 
@@ -671,8 +674,8 @@ def _check_data(values: dict, project: Path, findings: Findings) -> None:
             data[key] = [normal(file) for file in files] if isinstance(files, list) else normal(files)
     dataset = data.get("dataset")
     if bool(data.get("train_file")) == bool(dataset):
-        found = "both are given" if dataset else "both are missing"
-        findings.problem("data_config.train_file", f"and data_config.dataset: {found}; expected exactly one")
+        found = "is given beside" if dataset else "is missing, and so is"
+        findings.problem("data_config.train_file", f"{found} data_config.dataset; expected exactly one of them")
     if dataset:
         if "path" not in dataset:
             findings.problem("data_config.dataset.path", "is missing; expected a hub id or a folder")
@@ -707,13 +710,13 @@ def _check_splits(values: dict, project: Path, findings: Findings) -> None:
         given = [f"data_config.{key}" for key in (file, share) if data.get(key)]
         given += [f"data_config.dataset.{split}_split"] if dataset.get(f"{split}_split") else []
         if len(given) > 1:
-            findings.problem(given[1], f"and {given[0]} both give the {split} split; expected one of them")
+            findings.problem(given[1], f"gives the {split} split, and so does {given[0]}; expected one of them")
         size = data.get(share)
         if size is not None and not (0 < size < 1 if isinstance(size, float) else size >= 1):
             findings.problem(f"data_config.{share}", f"{size} found; expected rows (1 or more) or a share below 1.0")
         sources[split] = given
     if data.get("max_train_samples") and data.get("train_fraction"):
-        findings.problem("data_config.train_fraction", "and max_train_samples are both given; expected one of them")
+        findings.problem("data_config.train_fraction", "is given beside max_train_samples; expected one of them")
     _check_evaluation_split(values, sources, findings)
     strategy = arguments.get("eval_strategy", "no")
     if strategy != "no" and not sources["validation"] and findings.fine("data_config"):
@@ -764,7 +767,7 @@ def _check_steps(values: dict, project: Path, findings: Findings) -> None:
 def _check_arguments(values: dict, project: Path, findings: Findings) -> None:
     arguments = values["training_args"]
     if arguments.get("bf16") and arguments.get("fp16"):
-        findings.problem("training_args.bf16", "and training_args.fp16 are both true; expected one of them")
+        findings.problem("training_args.bf16", "is true, and so is training_args.fp16; expected one of them")
     for key in LENGTH_KEYS:
         length = arguments.get(key)
         if isinstance(length, float) and length > 1:
@@ -797,11 +800,12 @@ def _check_method(values: dict, project: Path, findings: Findings) -> None:
         if peft is None and findings.fine("peft_config"):
             findings.problem(
                 "quantization_config",
-                "is given without peft_config; quantized weights can't be trained: add peft_config, or set it to null",
+                "is given without peft_config, but quantized weights can't be trained; add a peft_config, or set "
+                "quantization_config to null",
             )
         if four == eight and findings.fine("quantization_config.load_in_4bit", "quantization_config.load_in_8bit"):
-            found = "both are true" if four else "both are false, so nothing is quantized"
-            findings.problem("quantization_config.load_in_4bit", f"and load_in_8bit: {found}; expected exactly one")
+            found = "is true, and so is load_in_8bit" if four else "is not true, nor is load_in_8bit"
+            findings.problem("quantization_config.load_in_4bit", f"{found}; expected exactly one of them")
     if peft is None or not findings.fine("peft_config"):
         return
     kind = peft["peft_type"]

@@ -211,7 +211,8 @@ def load_study(path: Path, project: Path) -> Study:
     combinations = _combinations(file, factors, findings)
     findings.stop()
     cells = _resolve_cells(combinations, tune, base, project, findings)
-    findings.stop()
+    if not cells:
+        findings.stop()
     runs, arms = _runs(cells, seeds)
     _check_effects(factors + tune, cells, findings)
     _check_tuning(tune, cells, findings)
@@ -519,20 +520,25 @@ def _check_survival(chosen: Combination, merged: Mapping[str, Any], findings: Fi
         for key, value in _leaves(level.settings).items():
             if _value_at(merged, key) == value or (isinstance(value, Mapping) and not value):
                 continue
-            others = [
-                f"level '{other.name}' of '{factor}'"
-                for factor, other in chosen.items()
-                if factor != name and any(_overlap(key, theirs) for theirs in _leaves(other.settings))
-            ]
+            other, theirs = _rival(key, name, chosen)
+            # The one that sets the whole section is the one that can stand alone.
+            alone, level_alone = (name, level) if theirs.startswith(f"{key}.") else (other, chosen[other])
+            pair = f"{{{alone}: {level_alone.name}}}"
             findings.problem(
-                f"factors.{name}.{level.name}",
-                f"'{key}' does not go with {' and '.join(others) or 'another level'}, which sets the same section; "
-                "leave the combination out with 'exclude' (and name the arm without this factor in 'include')",
+                "factors",
+                f"'{key}' of level '{level.name}' of {name} can't stand beside '{theirs}' of {other}; "
+                f"leave the pair out with 'exclude: [{pair}]', and keep it alone with 'include: [{pair}]'",
             )
 
 
-def _overlap(one: str, other: str) -> bool:
-    return one.startswith(f"{other}.") or other.startswith(f"{one}.") or one.split(".")[0] == other.split(".")[0]
+def _rival(key: str, owner: str, chosen: Combination) -> tuple[str, str]:
+    """Return the factor and its key that overwrite a key of another factor."""
+    candidates = [
+        (factor, theirs) for factor, level in chosen.items() if factor != owner for theirs in _leaves(level.settings)
+    ]
+    section = key.split(".")[0]
+    nested = [item for item in candidates if item[1].startswith(f"{key}.") or key.startswith(f"{item[1]}.")]
+    return (nested or [item for item in candidates if item[1].split(".")[0] == section] or candidates)[0]
 
 
 def _value_at(mapping: Mapping[str, Any], key: str) -> Any:
@@ -715,7 +721,7 @@ def _baseline(given: Any, factors: tuple[Factor, ...], arms: tuple[Arm, ...], fi
     wanted = {name: level.name for name, level in levels.items()}
     exact = [arm.name for arm in arms if arm.factors == wanted]
     matching = exact or [arm.name for arm in arms if wanted.items() <= arm.factors.items()]
-    if len(matching) != 1:
+    if len(matching) != 1 and not findings.problems:
         found = f"matches {len(matching)} arms ({_few(matching)})" if matching else "is no arm of this study"
         findings.problem(key, f"{wanted} {found}; expected the levels of exactly one of {_few(names)}")
     return matching[0] if matching else names[0]

@@ -27,6 +27,7 @@ TYPE_NAMES = {
     "list[str]": "a list of texts",
     "dict": "a mapping",
 }
+MANY = 16  # choices that a message lists
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
@@ -99,8 +100,7 @@ def check_value(described: Mapping[str, Any], value: Any, key: str, findings: Fi
         return check_mapping(fields, value, key, findings) if fields else dict(value)
     read = _read(described, value)
     if read is UNSET:
-        hint = nearest(value.lower(), described["choices"]) if isinstance(value, str) and "choices" in described else ""
-        findings.problem(key, f"{show(value)} found; expected {expected(described)}{hint}")
+        findings.problem(key, f"{show(value)} found; expected {expected(described, value)}")
         return UNSET
     for bound, name in BOUNDS.items():
         if bound in described and is_number(read) and not _within(bound, read, described[bound]):
@@ -129,15 +129,22 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def expected(described: Mapping[str, Any]) -> str:
-    """Return in words what a key takes: ``a number``, ``one of 'no', 'steps', 'epoch'``."""
+def expected(described: Mapping[str, Any], found: Any = None) -> str:
+    """Return in words what a key takes: ``a number``, ``one of 'no', 'steps', 'epoch'; did you mean 'steps'?``."""
     choices = described.get("choices", [])
+    if isinstance(found, (list, tuple)):
+        found = next((item for item in found if isinstance(item, str) and item not in choices), None)
+    hint = nearest(found.lower(), choices) if isinstance(found, str) else ""
+    if len(choices) > MANY:
+        similar = [choice for choice in choices if isinstance(found, str) and found.lower() in choice]
+        choices, hint = (similar[:MANY], "") if similar else (choices[:MANY], hint)
     words = [TYPE_NAMES[kind] for kind in described["types"] if kind not in ("null", "any")]
     if choices:
         listed = ", ".join(f"'{choice}'" for choice in choices)
         words = [word for word in words if word != "a text"]
-        words.append(f"one of {listed}" if len(choices) > 1 else listed)
-    return " or ".join(words) or "a value"
+        more = ", …" if len(choices) < len(described["choices"]) else ""
+        words.append(f"one of {listed}{more}" if len(choices) > 1 or more else listed)
+    return (" or ".join(words) or "a value") + hint
 
 
 def _read(described: Mapping[str, Any], value: Any) -> Any:
