@@ -41,10 +41,12 @@ rule plan:
     localrule: True
     conda:
         "envs/finegrid.yaml"
+    params:
+        study=config["study"],
     message:
         "The plan of study {config[study]}."
     shell:
-        "finegrid show-plan {config[study]}"
+        "finegrid show-plan {params.study} 2> {log}"
 
 
 rule figures:

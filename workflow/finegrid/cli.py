@@ -28,7 +28,10 @@ Progress = Callable[[str], None]
 StudyName = Annotated[str, typer.Argument(help="Name of a file in config/studies, or its path.", show_default=False)]
 RunId = Annotated[str, typer.Argument(help="Id of a run of the study, as in its plan.", show_default=False)]
 DataId = Annotated[str, typer.Argument(help="Data set and id, as in data/clean/<dataset>-<id>.", show_default=False)]
-StudyOption = Annotated[str | None, typer.Option(help="Study to look in first; all of config/studies without it.")]
+StudyOption = Annotated[
+    str | None, typer.Option(envvar="FINEGRID_STUDY", help="Study to look in first; then all of config/studies.")
+]
+Scratch = Annotated[Path, typer.Option(envvar="FINEGRID_SCRATCH", help="Folder for checkpoints of unfinished runs.")]
 Log = Annotated[Path | None, typer.Option(help="File for everything that the libraries print.")]
 
 app = typer.Typer(
@@ -131,13 +134,13 @@ def show_plan(study: StudyName) -> None:
 
 
 @app.command()
-def train(study: StudyName, run: RunId, log: Log = None, scratch: Path = Path("scratch")) -> None:
+def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
     """Train one run; goes on from its last checkpoint if it was stopped."""
     with _stage(f"train {run}", log) as progress:
         from finegrid.training.train import train
 
         the_study = _study(study)
-        the_run = _run(the_study, run)
+        the_run = the_study.run(run)
         results = layout.RESULTS / the_study.name
         train(
             the_run.settings,
@@ -160,7 +163,7 @@ def evaluate(study: StudyName, run: RunId, log: Log = None) -> None:
         from finegrid.evaluation.evaluate import evaluate
 
         the_study = _study(study)
-        the_run = _run(the_study, run)
+        the_run = the_study.run(run)
         results = layout.RESULTS / the_study.name
         evaluate(
             the_run.settings,
@@ -168,7 +171,7 @@ def evaluate(study: StudyName, run: RunId, log: Log = None) -> None:
             tokens=layout.tokens_folder(the_run),
             clean=layout.clean_folder(the_run),
             model=layout.model_folder(the_run.settings.model),
-            adapter=layout.weights_folder(the_study.name, the_run) if the_run.train else None,
+            adapter=layout.weights_folder(the_study.name, the_run) if the_run.method != "base" else None,
             predictions=results / "runs" / run / "predictions.jsonl",
             metrics=results / "metrics" / f"{run}.json",
             progress=progress,
@@ -297,17 +300,6 @@ def _study(name: str) -> Study:
     from finegrid.study import load_study
 
     return load_study(layout.study_file(name), Path.cwd())
-
-
-def _run(study: Study, run: str) -> Run:
-    for candidate in study.all_runs:
-        if candidate.id == run:
-            return candidate
-    known = [candidate.id for candidate in study.all_runs]
-    raise UserError(
-        f"{study.name}: no run '{run}' in this study (its settings were edited since?){nearest(run, known)}; "
-        f"it has {', '.join(known[:8])}{' …' if len(known) > 8 else ''}"
-    )
 
 
 def _find(study: str | None, wanted: Callable[[Run], bool], what: str) -> Run:

@@ -7,6 +7,8 @@ model is compared by content and its gigabytes are hashed once.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,13 +48,26 @@ def fetch_model(model: ModelSettings, project: Path, output: Path) -> None:
 
 
 def _download(model: ModelSettings, folder: Path) -> None:
+    """Fetch through the hub's cache, so that a machine without internet finds what was fetched before."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        snapshot_download(model.model_name_or_path, revision=model.revision, local_dir=folder, allow_patterns=WANTED)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        cached = snapshot_download(model.model_name_or_path, revision=model.revision, allow_patterns=WANTED)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"model: '{model.model_name_or_path}' at revision '{model.revision}' can't be fetched "
-            f"({type(error).__name__}: {error}); check both, or fetch on a machine with internet"
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check both, or fetch it where there is internet"
         ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in Path(cached).iterdir():
+        if source.is_file():
+            _link(source.resolve(), folder / source.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the file a second name where the file system can, for weights are large; else copy it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

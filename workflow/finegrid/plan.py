@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def make_plan(study: Study, project: Path) -> dict:
         folder = layout.tokens_folder(run)
         if folder.name not in reports:
             reports[folder.name] = json.loads((project / folder / "report.json").read_text(encoding="utf-8"))
-        facts = training_arithmetic(run.settings, reports[folder.name]["splits"]["train"]) if run.train else {}
+        tokens = reports[folder.name]["splits"]["train"]
+        facts = training_arithmetic(run.settings, tokens) if run.method != "base" else {}
         runs += [_entry(run, arm) | facts for arm in run.arms]
     plan = plan_settings(study)
     plan["runs"] = runs
@@ -70,12 +72,12 @@ def plan_settings(study: Study) -> dict:
     return {
         "study": study.name,
         "title": study.title,
-        "compare": study.compare_settings(),
+        "compare": asdict(study.compare),
         "seeds": list(study.seeds),
-        "tune": {name: list(levels) for name, levels in study.tuned_levels().items()},
+        "tune": {factor.name: [level.name for level in factor.levels] for factor in study.tune},
         "arms": [
-            {"arm": arm.name, "label": arm.label, "factors": dict(arm.factors), "base": arm.base_id}
-            for arm in study.all_arms
+            {"arm": arm.name, "label": arm.label, "factors": dict(arm.factors), "base": arm.base}
+            for arm in study.base_arms + study.arms
         ],
         "runs": [run.id for run in study.all_runs],
     }
@@ -91,20 +93,18 @@ def training_arithmetic(settings: RunSettings, tokens: dict) -> dict:
     Label tokens are exact for whole epochs; for a part of an epoch they are its share of the rows, rounded.
     Source: ``Trainer.set_initial_training_values``.
     """
-    arguments = settings.training_args
-    batch = arguments.get("per_device_train_batch_size", 8)
-    accumulation = arguments.get("gradient_accumulation_steps", 1)
+    batch = settings.training_arg("per_device_train_batch_size")
+    accumulation = settings.training_arg("gradient_accumulation_steps")
     gpus = 1
     effective = batch * gpus * accumulation
     rows = tokens["rows"]
     per_epoch = max(math.ceil(math.ceil(rows / (batch * gpus)) / accumulation), 1)
-    if arguments.get("max_steps", -1) > 0:
-        steps = arguments["max_steps"]
-    else:
-        steps = math.ceil(arguments["num_train_epochs"] * per_epoch)
+    steps = settings.training_arg("max_steps")
+    if steps <= 0:
+        steps = math.ceil(settings.training_arg("num_train_epochs") * per_epoch)
     whole, part = divmod(steps, per_epoch)
     rows_seen = whole * rows + min(part * effective, rows)
-    warmup = arguments.get("warmup_steps", 0)
+    warmup = settings.training_arg("warmup_steps")
     return {
         "per_device_train_batch_size": batch,
         "gpus": gpus,
@@ -133,8 +133,8 @@ def findings(study: Study) -> list[dict]:
     rates: dict[float, set[str]] = {}
     for run in study.runs:
         kind = "full fine-tuning" if run.settings.method == "full" else "adapters"
-        rates.setdefault(run.settings.training_args["learning_rate"], set()).add(kind)
-    if not study.tuned_levels():
+        rates.setdefault(run.settings.training_arg("learning_rate"), set()).add(kind)
+    if not study.tune:
         for rate, kinds in rates.items():
             if len(kinds) > 1:
                 found.append(
@@ -199,11 +199,11 @@ def _entry(run: Run, arm: str) -> dict:
     return {
         "run": run.id,
         "arm": arm,
-        "method": run.settings.method,
-        "tuned": {name: str(level) for name, level in run.tuned.items()},
+        "method": run.method,
+        "tuned": dict(run.tuned),
         "seed": run.seed,
         "base": run.base_id,
         "data": f"{run.dataset}-{run.data_id}",
         "tokens": f"{run.dataset}-{run.tokens_id}",
-        "train": run.train,
+        "train": run.method != "base",
     }

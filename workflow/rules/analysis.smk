@@ -1,30 +1,6 @@
 # Analysis: the comparison of a study's arms.
 
 
-def all_metrics(wildcards):
-    return results(
-        wildcards.study, "metrics/{run}.json", study_of(wildcards.study).all_runs
-    )
-
-
-def all_predictions(wildcards):
-    return results(
-        wildcards.study,
-        "runs/{run}/predictions.jsonl",
-        study_of(wildcards.study).all_runs,
-    )
-
-
-def all_summaries(wildcards):
-    return results(
-        wildcards.study, "training/{run}.json", study_of(wildcards.study).runs
-    )
-
-
-def all_histories(wildcards):
-    return results(wildcards.study, "history/{run}.csv", study_of(wildcards.study).runs)
-
-
 rule compare:
     input:
         plan="results/{study}/plan.json",

@@ -1,5 +1,6 @@
 # What all rules share: the studies, where a run's files lie, and the fingerprints of the stages' code.
 import functools
+import shlex
 from pathlib import Path
 
 from finegrid import layout
@@ -9,6 +10,22 @@ from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.plan import memory_estimate, plan_settings
 from finegrid.study import load_study
 from snakemake.exceptions import WorkflowError
+
+TABLES = (
+    "arms.tex",
+    "arms.md",
+    "arms.csv",
+    "settings.tex",
+    "numbers.tex",
+    "provenance.json",
+)
+SPLITS = ("train", "validation", "test")
+
+# Which study was asked for and where checkpoints live change no result: they reach the commands as environment
+# variables, not as tracked parameters.
+shell.prefix(
+    f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])}; "
+)
 
 
 wildcard_constraints:
@@ -29,17 +46,12 @@ def study_of(name):
         raise WorkflowError("\n".join(error.problems))
 
 
-@functools.cache
-def runs_by_id(study):
-    return {run.id: run for run in study_of(study).all_runs}
-
-
 def run_of(wildcards):
     """The run of a job's wildcards."""
     try:
-        return runs_by_id(wildcards.study)[wildcards.run]
-    except KeyError:
-        raise WorkflowError(f"study '{wildcards.study}' has no run '{wildcards.run}'")
+        return study_of(wildcards.study).run(wildcards.run)
+    except UserError as error:
+        raise WorkflowError("\n".join(error.problems))
 
 
 def studies():
@@ -66,7 +78,7 @@ def shared(kind, name):
 def study_files(wildcards):
     """The study's own files: the ids of its runs hold what matters of them, so a newer date says nothing."""
     study = study_of(wildcards.study)
-    return [ancient(path) for path in study.files]
+    return [ancient(path.as_posix()) for path in (study.path, study.recipe) if path]
 
 
 def manifest(run):
@@ -107,12 +119,185 @@ def unique(items):
     return list(dict.fromkeys(items))
 
 
-TABLES = (
-    "arms.tex",
-    "arms.md",
-    "arms.csv",
-    "settings.tex",
-    "numbers.tex",
-    "provenance.json",
-)
-SPLITS = ("train", "validation", "test")
+# ---- data
+
+
+def raw_files(wildcards):
+    """The raw files of a data set; those of a hub data set are the hub's."""
+    data = shared("data", wildcards.data).settings.data_config
+    files = [data.train_file, data.val_file, data.test_file]
+    return [
+        path
+        for file in files
+        if file
+        for path in ([file] if isinstance(file, str) else file)
+    ]
+
+
+def data_settings(wildcards):
+    return shared("data", wildcards.data).settings.data_settings()
+
+
+def token_settings(wildcards):
+    return shared("tokens", wildcards.tokens).settings.token_settings()
+
+
+def data_processes(wildcards):
+    return shared("data", wildcards.data).settings.data_config.num_proc
+
+
+def token_processes(wildcards):
+    return shared("tokens", wildcards.tokens).settings.data_config.num_proc
+
+
+def clean_splits(wildcards):
+    folder = layout.clean_folder(shared("tokens", wildcards.tokens))
+    return [
+        (folder / name).as_posix()
+        for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "report.json")
+    ]
+
+
+def tokens_manifest(wildcards):
+    return manifest(shared("tokens", wildcards.tokens))
+
+
+def model_files(wildcards):
+    """The files of a base model in a folder; those of a hub model are fetched by the job itself."""
+    model = shared("model", wildcards.model).settings.model
+    return (
+        []
+        if model.revision
+        else [(layout.model_folder(model) / "config.json").as_posix()]
+    )
+
+
+def model_settings(wildcards):
+    model = shared("model", wildcards.model).settings.model
+    return {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
+
+
+# ---- training
+
+
+def training_settings(wildcards):
+    return run_of(wildcards).settings.training_settings()
+
+
+def training_tokens(wildcards):
+    return token_files(run_of(wildcards), "train", "validation")
+
+
+def run_manifest(wildcards):
+    return manifest(run_of(wildcards))
+
+
+def study_plan(wildcards):
+    return plan_settings(study_of(wildcards.study))
+
+
+def plan_reports(wildcards):
+    return token_reports(wildcards.study)
+
+
+def plan_manifests(wildcards):
+    return unique(manifest(run) for run in study_of(wildcards.study).all_runs)
+
+
+def training_memory(wildcards, attempt):
+    """Megabytes, half as much again after each out-of-memory."""
+    return int(
+        memory_estimate(run_of(wildcards).settings, Path.cwd())
+        * (1 + (attempt - 1) / 2)
+    )
+
+
+# ---- evaluation
+
+
+def evaluation_settings(wildcards):
+    return run_of(wildcards).settings.evaluation_settings()
+
+
+def evaluation_tokens(wildcards):
+    return token_files(run_of(wildcards), "validation", "test")
+
+
+def references(wildcards):
+    folder = layout.clean_folder(run_of(wildcards))
+    return [(folder / f"{split}.jsonl").as_posix() for split in ("validation", "test")]
+
+
+def trained_weights(wildcards):
+    """What the run trained; its summary, written at the same time, tells whether it changed."""
+    run = run_of(wildcards)
+    if run.method == "base":
+        return []
+    return ancient(layout.weights_folder(wildcards.study, run).as_posix())
+
+
+def training_summary(wildcards):
+    run = run_of(wildcards)
+    return (
+        []
+        if run.method == "base"
+        else results(wildcards.study, "training/{run}.json", [run])
+    )
+
+
+def evaluation_memory(wildcards, attempt):
+    """Megabytes: the base model and a generation batch."""
+    return int(
+        memory_estimate(run_of(wildcards).settings, Path.cwd(), train=False)
+        * (1 + (attempt - 1) / 2)
+    )
+
+
+# ---- analysis
+
+
+def all_metrics(wildcards):
+    return results(
+        wildcards.study, "metrics/{run}.json", study_of(wildcards.study).all_runs
+    )
+
+
+def all_predictions(wildcards):
+    return results(
+        wildcards.study,
+        "runs/{run}/predictions.jsonl",
+        study_of(wildcards.study).all_runs,
+    )
+
+
+def all_summaries(wildcards):
+    return results(
+        wildcards.study, "training/{run}.json", study_of(wildcards.study).runs
+    )
+
+
+def all_histories(wildcards):
+    return results(wildcards.study, "history/{run}.csv", study_of(wildcards.study).runs)
+
+
+# ---- publication
+
+
+def study_token_reports(wildcards):
+    return token_reports(wildcards.study)
+
+
+def study_figures(wildcards):
+    return figure_files(wildcards.study)
+
+
+def study_tables(wildcards):
+    return table_files(wildcards.study)
+
+
+def figure_code(wildcards):
+    return code_fingerprint(f"finegrid.figures.{wildcards.figure}")
+
+
+def publication_code(*modules):
+    return [code_fingerprint(f"finegrid.publication.{module}") for module in modules]

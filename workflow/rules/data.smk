@@ -1,55 +1,6 @@
 # Data strategy: raw files -> one schema -> clean splits -> token rows; and the base model with its manifest.
 
 
-def raw_files(wildcards):
-    """The raw files of a data set; those of a hub data set are the hub's."""
-    return shared("data", wildcards.data).settings.data_config.files
-
-
-def data_settings(wildcards):
-    return shared("data", wildcards.data).settings.data_settings()
-
-
-def token_settings(wildcards):
-    return shared("tokens", wildcards.tokens).settings.token_settings()
-
-
-def data_processes(wildcards):
-    return shared("data", wildcards.data).settings.data_config.num_proc
-
-
-def token_processes(wildcards):
-    return shared("tokens", wildcards.tokens).settings.data_config.num_proc
-
-
-def clean_splits(wildcards):
-    folder = layout.clean_folder(shared("tokens", wildcards.tokens))
-    return [
-        (folder / name).as_posix()
-        for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "report.json")
-    ]
-
-
-def tokens_manifest(wildcards):
-    return manifest(shared("tokens", wildcards.tokens))
-
-
-def model_files(wildcards):
-    """The files of a base model in a folder; those of a hub model are fetched by the job itself."""
-    model = shared("model", wildcards.model).settings.model
-    return (
-        []
-        if model.revision
-        else [(layout.model_folder(model) / "config.json").as_posix()]
-    )
-
-
-def model_settings(wildcards):
-    return shared("model", wildcards.model).settings.model.model_dump(
-        include={"model_name_or_path", "revision"}
-    )
-
-
 rule demo_model:
     output:
         expand(
@@ -101,7 +52,7 @@ rule model:
     message:
         "Base model {wildcards.model}: fetch it if need be, and hash its files."
     shell:
-        "finegrid model {wildcards.model} --study {config[study]} --log {log}"
+        "finegrid model {wildcards.model} --log {log}"
 
 
 rule import_data:
@@ -123,7 +74,7 @@ rule import_data:
     message:
         "Data set {wildcards.data}: import."
     shell:
-        "finegrid import {wildcards.data} --study {config[study]} --log {log}"
+        "finegrid import {wildcards.data} --log {log}"
 
 
 rule clean:
@@ -146,7 +97,7 @@ rule clean:
     message:
         "Data set {wildcards.data}: clean."
     shell:
-        "finegrid clean {wildcards.data} --study {config[study]} --log {log}"
+        "finegrid clean {wildcards.data} --log {log}"
 
 
 rule tokenise:
@@ -170,7 +121,7 @@ rule tokenise:
     message:
         "Token set {wildcards.tokens}."
     shell:
-        "finegrid tokenise {wildcards.tokens} --study {config[study]} --log {log}"
+        "finegrid tokenise {wildcards.tokens} --log {log}"
 
 
 rule data_report:

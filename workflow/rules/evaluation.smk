@@ -1,45 +1,6 @@
 # Evaluation: one job a run, the untrained base models included.
 
 
-def evaluation_settings(wildcards):
-    return run_of(wildcards).settings.evaluation_settings()
-
-
-def evaluation_tokens(wildcards):
-    return token_files(run_of(wildcards), "validation", "test")
-
-
-def references(wildcards):
-    folder = layout.clean_folder(run_of(wildcards))
-    return [(folder / f"{split}.jsonl").as_posix() for split in ("validation", "test")]
-
-
-def trained_weights(wildcards):
-    """What the run trained; its summary, which names its content, tells whether it changed."""
-    run = run_of(wildcards)
-    return (
-        ancient(layout.weights_folder(wildcards.study, run).as_posix())
-        if run.train
-        else []
-    )
-
-
-def training_summary(wildcards):
-    return (
-        results(wildcards.study, "training/{run}.json", [run_of(wildcards)])
-        if run_of(wildcards).train
-        else []
-    )
-
-
-def evaluation_memory(wildcards, attempt):
-    """Megabytes: the base model and a generation batch."""
-    return int(
-        memory_estimate(run_of(wildcards).settings, Path.cwd(), train=False)
-        * (1 + (attempt - 1) / 2)
-    )
-
-
 rule evaluate:
     input:
         study=study_files,

@@ -1,26 +1,6 @@
 # Publication: figures, tables, numbers and the report, from the small files that git tracks.
 
 
-def study_token_reports(wildcards):
-    return token_reports(wildcards.study)
-
-
-def study_figures(wildcards):
-    return figure_files(wildcards.study)
-
-
-def study_tables(wildcards):
-    return table_files(wildcards.study)
-
-
-def figure_code(wildcards):
-    return code_fingerprint(f"finegrid.figures.{wildcards.figure}")
-
-
-def publication_code(*modules):
-    return [code_fingerprint(f"finegrid.publication.{module}") for module in modules]
-
-
 rule figure:
     input:
         rules.compare.output,

@@ -1,38 +1,6 @@
 # Training strategy: the plan of a study, and one job a run.
 
 
-def training_settings(wildcards):
-    return run_of(wildcards).settings.training_settings()
-
-
-def training_tokens(wildcards):
-    return token_files(run_of(wildcards), "train", "validation")
-
-
-def run_manifest(wildcards):
-    return manifest(run_of(wildcards))
-
-
-def study_plan(wildcards):
-    return plan_settings(study_of(wildcards.study))
-
-
-def plan_reports(wildcards):
-    return token_reports(wildcards.study)
-
-
-def plan_manifests(wildcards):
-    return unique(manifest(run) for run in study_of(wildcards.study).all_runs)
-
-
-def training_memory(wildcards, attempt):
-    """Megabytes, half as much again after each out-of-memory."""
-    return int(
-        memory_estimate(run_of(wildcards).settings, Path.cwd())
-        * (1 + (attempt - 1) / 2)
-    )
-
-
 rule study_plan:
     input:
         study=study_files,
@@ -83,7 +51,7 @@ rule train_adapter:
     message:
         "Train {wildcards.run} of study {wildcards.study}."
     shell:
-        "finegrid train {wildcards.study} {wildcards.run} --scratch {config[scratch]} --log {log}"
+        "finegrid train {wildcards.study} {wildcards.run} --log {log}"
 
 
 use rule train_adapter as train_model with:
