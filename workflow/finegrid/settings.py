@@ -576,6 +576,7 @@ def _check_library(section: str, value: Any, findings: Findings, peft_type: str 
             hint = nearest(peft_type, kinds) or f"; expected one of {', '.join(kinds)}"
             findings.problem("peft_config.peft_type", f"'{named}' is no method of peft{hint}")
             peft_type = None
+            value = {key: item for key, item in value.items() if key != "peft_type"}
     fields = _library_fields(section, peft_type)
     known = {key: item for key, item in value.items() if key in fields}
     for key in [key for key in value if key not in fields]:

@@ -134,9 +134,12 @@ def expected(described: Mapping[str, Any], found: Any = None) -> str:
     choices = described.get("choices", [])
     if isinstance(found, (list, tuple)):
         found = next((item for item in found if isinstance(item, str) and item not in choices), None)
-    hint = nearest(found.lower(), choices) if isinstance(found, str) else ""
+    if isinstance(found, str):
+        by_lower = {choice.lower(): choice for choice in choices}
+        found = by_lower.get(found.lower(), found)
+    hint = nearest(found, choices) if isinstance(found, str) else ""
     if len(choices) > MANY:
-        similar = [choice for choice in choices if isinstance(found, str) and found.lower() in choice]
+        similar = [choice for choice in choices if isinstance(found, str) and found in choice]
         choices, hint = (similar[:MANY], "") if similar else (choices[:MANY], hint)
     words = [TYPE_NAMES[kind] for kind in described["types"] if kind not in ("null", "any")]
     if choices:
