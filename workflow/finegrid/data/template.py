@@ -178,6 +178,7 @@ class ChatTemplate:
         """
         rendered = [self._attempt(self._place, row) for row in rows]
         texts = [item.text for item in rendered if isinstance(item, _Rendered)]
+        # The template writes every special token: to have them added once more is how a BOS gets doubled.
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         return [
             item if isinstance(item, RowRefused) else self._attempt(self._align, item, next(encodings))
@@ -333,7 +334,7 @@ class ChatTemplate:
         return Tokens(ids, taught, (*before, answer), joined + moved, ends, splits)
 
     def _prompt_end(self, row: _Rendered, encoding, ids: np.ndarray, joined: int, at) -> tuple[int, np.ndarray]:
-        """Return the tokens with which the prompt, tokenised alone, ends, and the first token they stand for.
+        """Return the tokens that stand for ``ids[first:joined]`` when the prompt is tokenised alone, after ``first``.
 
         Generation sees the prompt alone, so that is how it must be tokenised in the row: ``ids[:joined]`` if that is
         the same, and else with the end that it has alone ("\\n\\n" is one token or, before a letter, two for some
@@ -346,7 +347,7 @@ class ChatTemplate:
         alone = np.array(self._encode_alone(text) if tail is None else self._tail_ids(tail), dtype=np.int32)
         first = 0 if tail is None else at(len(text) - len(tail))
         if np.array_equal(ids[first:joined], alone):
-            return first, alone
+            return joined, alone[:0]
         if tail is None or (joined < len(encoding) and encoding.token_to_chars(joined)[0] != row.answer_start):
             raise RowRefused("answer_starts_inside_a_token")
         return first, alone
@@ -522,14 +523,17 @@ def _match(literals: Sequence[str], text: str, contents: Sequence[str]) -> list[
 
 
 def _exact_backend(tokenizer: PreTrainedTokenizerBase):
-    """Return the tokenizer's core without what it does after tokenising.
+    """Return the tokenizer's core with true offsets (some leave the space before a word out of them) and no limits.
 
-    That is, no special tokens of its own (the template writes them; adding them again is how a BOS gets doubled) and
-    true offsets: some leave the space before a word out of the word's.
+    The tokenizer itself is left as it is; a copy costs about half a second and is made only if needed.
     """
     from tokenizers import Tokenizer, processors
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    trims = backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__()
+    if not trims and backend.truncation is None and backend.padding is None:
+        return backend
+    backend = Tokenizer.from_str(backend.to_str())
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.no_truncation()
     backend.no_padding()

@@ -10,8 +10,8 @@ What is cut, by policy:
 * ``middle``: from the middle, of the answer or of all the prompt's contents taken together.
 * ``drop``: the row is left out, with a reason. ``error``: the stage stops and names the row.
 
-System messages are cut last of all, when the rest of the prompt's contents is gone: they say what holds for every
-turn. A prompt or an answer that would keep no content at all drops its row.
+System messages are never cut: they say what holds for every turn. A prompt that would keep nothing of its turns, or
+an answer that would keep nothing, drops its row with a reason.
 
 What is taught: **a token that stood behind something cut away has no label.** So a cut under ``right`` leaves the end
 of the turn unlabelled (a cut answer never teaches a false end), and under ``left`` and ``middle`` the end, which is
@@ -103,16 +103,14 @@ def _refuse(row: Tokens, side: str, length: int, limit: int, key: str, policy: P
 
 
 def _prompt_cut(contents: Sequence[Content], over: int, limit: int, policy: Policy) -> np.ndarray:
-    """Return the positions to cut from the prompt: of the turns first, of system messages if that is not enough."""
-    turns = _positions(content for content in contents if content.role != "system")
-    system = _positions(content for content in contents if content.role == "system")
-    if over >= len(turns) + len(system):
-        needed = over + limit - len(turns) - len(system)
-        raise TooLong(
-            "prompt_limit_leaves_no_content", f"the template alone takes {needed} tokens; max_input_length is {limit}"
-        )
-    from_turns = min(over, len(turns))
-    return np.concatenate([_choose(turns, from_turns, policy), _choose(system, over - from_turns, policy)])
+    """Return the positions to cut from the prompt's turns, taken together in their order."""
+    turns = [np.arange(content.start, content.stop) for content in contents if content.role != "system"]
+    positions = np.concatenate([*turns, np.arange(0)])
+    if over >= len(positions):
+        needed = over + limit - len(positions)
+        detail = f"template and system message take {needed} tokens; max_input_length is {limit}"
+        raise TooLong("prompt_limit_leaves_no_content", detail)
+    return _choose(positions, over, policy)
 
 
 def _answer_cut(content: Content, over: int, limit: int, policy: Policy) -> np.ndarray:
@@ -120,15 +118,9 @@ def _answer_cut(content: Content, over: int, limit: int, policy: Policy) -> np.n
     positions = np.arange(content.start, content.stop)
     if over >= len(positions):
         needed = over + limit - len(positions)
-        raise TooLong(
-            "answer_limit_leaves_no_content", f"the end of turn takes {needed} tokens; max_output_length is {limit}"
-        )
+        detail = f"the end of turn takes {needed} tokens; max_output_length is {limit}"
+        raise TooLong("answer_limit_leaves_no_content", detail)
     return _choose(positions, over, policy)
-
-
-def _positions(contents) -> np.ndarray:
-    ranges = [np.arange(content.start, content.stop) for content in contents]
-    return np.concatenate([*ranges, np.arange(0)])
 
 
 def _choose(positions: np.ndarray, count: int, policy: Policy) -> np.ndarray:
