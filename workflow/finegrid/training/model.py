@@ -105,10 +105,9 @@ def adapter_config(config: dict[str, Any]) -> PeftConfig:
 
     values = {"task_type": "CAUSAL_LM", **config}
     kind = str(values.pop("peft_type", "LORA")).upper()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(
-            f"peft_config.peft_type: '{kind}' is no method of peft{nearest(kind, PEFT_TYPE_TO_CONFIG_MAPPING)}"
-        )
+    kinds = [known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if kind not in kinds:
+        raise UserError(f"peft_config.peft_type: '{kind}' is no method of peft{nearest(kind, kinds)}")
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
     except (TypeError, ValueError) as error:

@@ -26,8 +26,9 @@ class Flow(TrainerCallback):
 class ProgressLines(TrainerCallback):
     """Gives ``progress`` a line like ``step 12/40 · loss 3.02 · lr 8.1e-4 · 41 s left``, every ten seconds at most."""
 
-    def __init__(self, progress: Callable[[str], None]):
+    def __init__(self, progress: Callable[[str], None], last_loss: Callable[[], float | None]):
         self.progress = progress
+        self.last_loss = last_loss
         self.first_step = 0
         self.started = self.spoken = time.monotonic()
 
@@ -47,7 +48,7 @@ class ProgressLines(TrainerCallback):
         done = state.global_step - self.first_step
         left = (now - self.started) / done * (state.max_steps - state.global_step)
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        loss = self.last_loss()
         if loss is not None:
             parts.append(f"loss {loss:.3g}")
         if lr_scheduler is not None:

@@ -248,13 +248,14 @@ def _trainer(
     if settings.peft_config is not None and args.activation_checkpointing:
         # Else nothing before the first adapter requires a gradient, and reentrant checkpointing gives none.
         model.enable_input_require_grads()
-    callbacks = [Flow(), HistoryFile(checkpoints / "history.csv"), ProgressLines(progress)]
+    callbacks = [Flow(), HistoryFile(checkpoints / "history.csv")]
     try:
         trainer = LabelTokenTrainer(model, args, rows, validation if len(validation) else None, callbacks=callbacks)
     except (ImportError, RuntimeError) as error:
         if "requires" not in str(error):
             raise
         raise UserError(f"training_args.report_to: {error}") from error
+    trainer.add_callback(ProgressLines(progress, lambda: trainer.last_loss))
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:

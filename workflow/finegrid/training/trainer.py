@@ -74,6 +74,7 @@ class LabelTokenTrainer(Trainer):
 
     Attributes:
         counters: what was seen so far.
+        last_loss: mean over the label tokens of the last optimiser step; None before the first.
         notes: sentences for the run's summary.
 
     Raises:
@@ -107,6 +108,7 @@ class LabelTokenTrainer(Trainer):
             self.notes.append(note)
         if args.label_smoothing_factor:
             self.notes.append("`loss` and `train_loss` are the smoothed loss; the validation loss is not smoothed")
+        self.last_loss: float | None = None
         self._clock: float | None = None
         self._losses: list[torch.Tensor] = []
         self._batches: list[dict[str, Any]] = []
@@ -168,6 +170,7 @@ class LabelTokenTrainer(Trainer):
         if self.args.world_size > 1:
             loss = self.accelerator.reduce(torch.tensor(loss, device=self.args.device), "mean").item()
         self.counters.add(loss, label_tokens, tokens)
+        self.last_loss = loss
 
     # ---------------------------------------------------------------- validation
 
@@ -239,6 +242,13 @@ class LabelTokenTrainer(Trainer):
         result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
         self._stop_clock()
         return result
+
+    def _run_epoch(self, *args, **options):
+        # The Trainer makes one step too many when it resumes from the last step's checkpoint.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
 
     def _save_checkpoint(self, model, trial) -> None:
         # The counters first: a checkpoint counts as complete once the Trainer has written its own state.
