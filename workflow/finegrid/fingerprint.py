@@ -17,8 +17,8 @@ from typing import Any
 
 PACKAGE = "finegrid"
 ROOT = Path(__file__).resolve().parent
-# Parsing and dumping the package takes about 0.2 s, and every Slurm job reads the Snakefile again: what a source
-# file's content comes to is remembered beside the byte code, under the content's hash.
+# Parsing and dumping the whole package takes about a second, and every Slurm job reads the Snakefile again: what a
+# source file's content comes to is remembered beside the byte code, under the content's hash.
 CACHE = ROOT / "__pycache__" / "fingerprints.json"
 VERSION = 1
 
@@ -121,12 +121,15 @@ def _source(name: str) -> tuple[str, list[str]]:
 @cache
 def _known_sources() -> dict[str, tuple[str, list[str]]]:
     try:
-        return json.loads(CACHE.read_text(encoding="utf-8"))
+        known = json.loads(CACHE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        known = {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember(known: dict) -> None:
+    while len(known) > 1000:  # of old versions of the files
+        del known[next(iter(known))]
     temporary = CACHE.with_suffix(f".{os.getpid()}")
     try:
         CACHE.parent.mkdir(exist_ok=True)
