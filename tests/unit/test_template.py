@@ -186,6 +186,22 @@ def test_a_thinking_block_that_the_prompt_does_not_write_is_part_of_the_answer(l
     assert tokens.taught[tokens.prompt_length :].all()
 
 
+def test_thinking_is_taught_in_the_last_answer_and_gone_from_earlier_ones(load):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last and m['role'] == 'assistant' %}"
+        "{% if '<think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+        "{% else %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = load()
+    messages = dialogue("One?", "<think>\nHm.\n</think>\n\nTwo.", "Three?", "<think>\nAh.\n</think>\n\nFour.")
+    tokens = one(ChatTemplate(tokenizer, source), messages)
+    taught = tokenizer.decode([i for i in labels_of(tokens) if i != -100])
+    assert taught == "Two.<|im_end|><think>\nAh.\n</think>\n\nFour.<|im_end|>"
+    assert tokenizer.decode(tokens.ids[: tokens.prompt_length]).endswith("Three?<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_bos_stands_once_whether_or_not_the_tokenizer_adds_it():
     for adds in (False, True):
         tokenizer = word_tokenizer(adds_bos=adds)

@@ -20,7 +20,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,6 +269,10 @@ class ChatTemplate:
         text, marks = self._render(messages, False, self.marked)
         spans = _match(skeleton.literals, text, contents)
         if spans is None:
+            # An answer that brings its own thinking block stands where the template would write an empty one.
+            skeleton = _without_lead(skeleton)
+            spans = _match(skeleton.literals, text, contents)
+        if spans is None:
             raise RowRefused("template_changes_the_text")
         answer_start = spans[-1][0] - skeleton.answers[-1].lead
         if last and self.render(messages[:-1], prompt=True) != text[:answer_start]:
@@ -505,14 +509,32 @@ def _literals(text: str, marked: Messages) -> tuple[tuple[str, ...], list[tuple[
     return (*literals, text[position:]), spans
 
 
+def _without_lead(skeleton: _Skeleton) -> _Skeleton:
+    """Return the skeleton of a last answer whose content begins right behind the prompt."""
+    *before, last = skeleton.literals[:-1]
+    *others, answer = skeleton.answers
+    return replace(
+        skeleton,
+        literals=(*before, last[: len(last) - answer.lead], skeleton.literals[-1]),
+        answers=(*others, replace(answer, lead=0)),
+    )
+
+
 def _match(literals: Sequence[str], text: str, contents: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Return where each content stands if ``text`` is the literals with the contents between them, else None."""
+    """Return where each content stands if ``text`` is the literals with the contents between them, else None.
+
+    A content may stand there trimmed and, before the last message, without its thinking: templates leave that out of
+    what they keep of earlier turns.
+    """
     spans, position = [], 0
-    for literal, following, content in zip(literals, literals[1:], contents, strict=False):
+    for i, (literal, following, content) in enumerate(zip(literals, literals[1:], contents, strict=False)):
         if not text.startswith(literal, position):
             return None
         position += len(literal)
-        for form in (content, content.rstrip(), content.lstrip(), content.strip(), content.strip("\n")):
+        forms = [content, content.rstrip(), content.lstrip(), content.strip(), content.strip("\n")]
+        if i < len(contents) - 1:
+            forms.append(content.rpartition("</think>")[2].lstrip("\n"))
+        for form in forms:
             if text.startswith(form, position) and text.startswith(following, position + len(form)):
                 break
         else:
