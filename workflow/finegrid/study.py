@@ -629,23 +629,22 @@ def _base_runs(runs: tuple[Run, ...], arms: tuple[Arm, ...]) -> tuple[tuple[Run,
 def _base_names(groups: Mapping[str, list[Run]], factors: Mapping[str, Mapping]) -> dict[str, str]:
     """Return ``base``, ``base (nf4)``, and where that does not tell them apart the levels that do."""
     details = {base_id: [quantization_name(members[0].settings)] for base_id, members in groups.items()}
-    if len({tuple(parts) for parts in details.values()}) < len(details):
-        for base_id, members in groups.items():
-            chosen = [dict(factors[run.arms[0]]) | dict(run.tuned) for run in members]
-            others = [
-                dict(factors[run.arms[0]]) | dict(run.tuned)
-                for other, theirs in groups.items()
-                if other != base_id
-                for run in theirs
-            ]
-            for name in chosen[0]:
-                own = {levels.get(name) for levels in chosen}
-                if len(own) == 1 and any(levels.get(name) not in own for levels in others):
-                    details[base_id].append(chosen[0][name])
-    if len({tuple(parts) for parts in details.values()}) < len(details):
+    levels = {base_id: [{**factors[run.arms[0]], **run.tuned} for run in runs] for base_id, runs in groups.items()}
+    for name in dict.fromkeys(name for chosen in levels.values() for each in chosen for name in each):
+        own = {base_id: {each.get(name) for each in chosen} for base_id, chosen in levels.items()}
+        longer = {
+            base_id: [*parts, *(own[base_id] if len(own[base_id]) == 1 else [])] for base_id, parts in details.items()
+        }
+        if _distinct_count(longer) > _distinct_count(details):
+            details = longer
+    if _distinct_count(details) < len(details):
         details = {base_id: [*parts, base_id.removeprefix("base-")] for base_id, parts in details.items()}
-    joined = {base_id: ", ".join(dict.fromkeys(filter(None, parts))) for base_id, parts in details.items()}
+    joined = {base_id: ", ".join(filter(None, parts)) for base_id, parts in details.items()}
     return {base_id: f"base ({text})" if text else "base" for base_id, text in joined.items()}
+
+
+def _distinct_count(details: Mapping[str, list]) -> int:
+    return len({tuple(filter(None, parts)) for parts in details.values()})
 
 
 def quantization_name(settings: RunSettings) -> str:
