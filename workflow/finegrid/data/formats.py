@@ -125,8 +125,8 @@ def convert(row: Row, form: Format, system_prompt: str | None = None) -> tuple[l
         messages.insert(0, {"role": "system", "content": system or system_prompt})
     _check_order(messages)
     id_column = form.columns.get("id", "id")
-    if "id" in form.columns and row.get(id_column) in (None, ""):
-        raise RowProblem(f"no id in column '{id_column}' (data_config.columns.id){_hint(id_column, row)}")
+    if "id" in form.columns and _present(row, id_column, " (data_config.columns.id)") in (None, ""):
+        raise RowProblem(f"column '{id_column}' (data_config.columns.id) is empty; expected an id")
     meta = {key: value for key, value in row.items() if key not in used and key != id_column}
     return messages, _read_id(row.get(id_column)), meta
 
@@ -340,7 +340,14 @@ def _example(row: Row) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    kinds = {bool: "true or false", dict: "an object", list: "a list", int: "a number", float: "a number"}
+    kinds = {
+        bool: "true or false",
+        str: "a text",
+        dict: "an object",
+        list: "a list",
+        int: "a number",
+        float: "a number",
+    }
     for kind, name in kinds.items():
         if isinstance(value, kind):
             return f"{name} ({_shown(value)})"

@@ -133,7 +133,7 @@ class _Import:
                 messages, own, meta = convert(row, form, config.system_prompt)
             except RowProblem as problem:
                 if form is None or (line == first and isinstance(problem, MissingColumn)):
-                    raise FileProblem(_without_header(str(problem), seen["container"]), line) from None
+                    raise _of_the_file(str(problem), line, seen["container"]) from None
                 self.problems.add(f"{place}: {problem}")
                 continue
             yield place, {"id": own, "messages": messages, "source": place, "meta": meta}
@@ -199,8 +199,11 @@ def _missing(project: Path, file: str) -> str | None:
     return f"no file '{file}'{nearest(path.name, (found.name for found in folder.iterdir()))}"
 
 
-def _without_header(problem: str, container: str) -> str:
-    return f"{problem}; or does the file lack its header line?" if container.startswith("csv") else problem
+def _of_the_file(problem: str, line: int, container: str) -> FileProblem:
+    """Return a problem of the first row that is one of the whole file; the columns of csv stand in its header."""
+    if container.startswith("csv"):
+        return FileProblem(f"{problem}; or does the file lack its header line?", 1)
+    return FileProblem(problem, line)
 
 
 def _without_surrogates(value: Any) -> Any:

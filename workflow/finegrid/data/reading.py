@@ -107,13 +107,15 @@ def _guarded(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
             line = item[0]
             yield item
     except (EOFError, OSError, zlib.error) as error:
-        raise FileProblem(f"{_damage(error)}; {line:,} lines could be read" if line else _damage(error)) from None
+        raise FileProblem(
+            f"{_damage(error)}; it could be read up to line {line:,}" if line else _damage(error)
+        ) from None
 
 
 def _damage(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "the gzip file ends early (a broken download?); expected a whole file"
-    return f"the file is damaged ({error}); expected a whole file"
+    return f"the file is damaged ({' '.join(str(error).split())}); expected a whole file"
 
 
 def _lines(path: Path, zipped: bool, encoding: str) -> Iterator[tuple[int, str]]:
@@ -168,7 +170,8 @@ def _text_rows(path: Path, zipped: bool, head: bytes, encoding: str, report: Rep
             if not encoding.lower().replace("_", "-").startswith(name):
                 raise FileProblem(f"the text is {name} (by its byte order mark); set data_config.encoding: {name}")
             break
-    _one_byte_line_ends(encoding)  # an unknown encoding is found before anything is read
+    if _one_byte_line_ends(encoding) and b"\0" in head:
+        raise FileProblem("the file is binary, or UTF-16 (then set data_config.encoding: utf-16); expected text")
     text = head.decode(encoding, errors="ignore").removeprefix("\ufeff").lstrip()
     if not text:
         raise FileProblem("the file holds nothing but white space; expected rows")
@@ -218,9 +221,10 @@ def _json_rows(lines: Iterator[tuple[int, str]], report: Report) -> Iterator[tup
             row, place = decoder.raw_decode(text, place)
             comma = separator.match(text, place)
             if comma is None:
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+                following = place + len(text[place:]) - len(text[place:].lstrip())
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
         except json.JSONDecodeError as error:
-            ended = error.pos >= len(text.rstrip())
+            ended = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
             raise FileProblem(
                 f"bad JSON ({'the file ends early' if ended else _json_error(error)}); expected a list of objects",
                 error.lineno,
@@ -264,7 +268,9 @@ def _csv_rows(lines: Iterator[tuple[int, str]], report: Report) -> Iterator[tupl
             if header is None:
                 header = _header(record, line)
             elif len(record) != len(header):
-                report(line, f"{len(record)} columns; expected {len(header)} as in the header")
+                report(
+                    line, f"the row's cells are {len(record)}; expected {len(header)}, one for each name in the header"
+                )
             else:
                 yield line, dict(zip(header, record, strict=True))
     except csv.Error as error:
