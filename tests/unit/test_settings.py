@@ -371,6 +371,7 @@ def test_streaming_needs_max_steps():
         ({"training_args": {"save_steps": 10.5}}, "whole number of steps"),
         ({"peft_config": {"peft_type": "PROMPT_TUNING"}}, "num_virtual_tokens"),
         ({"peft_config": {"task_type": "SEQ_CLS"}}, "CAUSAL_LM"),
+        ({"peft_config": {"inference_mode": True}}, "peft_config.inference_mode"),
         ({"data_config": {"dataset": {"path": "squad", "revision": "ab" * 20}}}, "exactly one"),
         ({"data_config": {"train_file": None}}, "data_config.train_file: is missing"),
         ({"data_config": {"columns": {"prompt": "q", "answer": "a"}}}, "format: columns"),

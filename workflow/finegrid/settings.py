@@ -440,7 +440,7 @@ def check_files(settings: RunSettings, project: Path, place: str = "recipe") -> 
         named += [(f"training_args.{key}", settings.training_args.get(key))]
     for key, value in named:
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str) and not (project / path).exists():
+            if isinstance(path, str) and not path.startswith("{") and not (project / path).exists():
                 findings.problem(key, f"there is no '{path}'; expected it relative to the project folder")
     return findings.problems
 
@@ -469,7 +469,7 @@ def setting_keys() -> dict[str, dict[str, Any]]:
     keys: dict[str, dict[str, Any]] = {}
     for section, described in recipe_keys().items():
         keys[section] = described
-        keys |= _flat(_library_fields(section) or described.get("fields", {}), section)
+        keys |= _flat(library_fields(section) or described.get("fields", {}), section)
     return keys
 
 
@@ -540,7 +540,7 @@ def _annotation_parts(annotation: Any) -> list[Any]:
 
 
 @cache
-def _library_fields(section: str, peft_type: str | None = None) -> dict[str, Any]:
+def library_fields(section: str, peft_type: str | None = None) -> dict[str, Any]:
     """Return the keys of a library's section, with our bounds; those of every peft type for None."""
     known = library_keys().get(section, {})
     if section == "peft_config":
@@ -563,7 +563,7 @@ def _flat(fields: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
 
 def _check_library(section: str, value: Any, findings: Findings, peft_type: str | None) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        return check_mapping(_library_fields(section), value, section, findings)
+        return check_mapping(library_fields(section), value, section, findings)
     if section == "training_args":
         value = _rename_arguments(value, findings)
     if section == "peft_config":
@@ -577,7 +577,7 @@ def _check_library(section: str, value: Any, findings: Findings, peft_type: str 
             findings.problem("peft_config.peft_type", f"'{named}' is no method of peft{hint}")
             peft_type = None
             value = {key: item for key, item in value.items() if key != "peft_type"}
-    fields = _library_fields(section, peft_type)
+    fields = library_fields(section, peft_type)
     known = {key: item for key, item in value.items() if key in fields}
     for key in [key for key in value if key not in fields]:
         name = f"{section} for {peft_type}" if peft_type else section
@@ -812,9 +812,11 @@ def _check_method(values: dict, project: Path, findings: Findings) -> None:
     kind = peft["peft_type"]
     if peft["task_type"] != "CAUSAL_LM":
         findings.problem("peft_config.task_type", f"'{peft['task_type']}' found; Finegrid trains 'CAUSAL_LM' models")
-    fields = _library_fields("peft_config", kind)
+    fields = library_fields("peft_config", kind)
     for key in [key for key in peft if key not in fields]:
         findings.problem(f"peft_config.{key}", f"'{key}' is no setting of peft_config for {kind}{nearest(key, fields)}")
+    if peft.get("inference_mode"):
+        findings.problem("peft_config.inference_mode", "true found; expected false, else nothing would be trained")
     if "num_virtual_tokens" in fields and peft.get("num_virtual_tokens") is None:
         findings.problem("peft_config.num_virtual_tokens", f"is missing; {kind} needs it, 20 is a start")
 

@@ -29,6 +29,7 @@ from finegrid.settings import (
     ModelSettings,
     RunSettings,
     Truncation,
+    library_fields,
     recipe_keys,
 )
 from finegrid.study import STUDY_KEYS
@@ -69,7 +70,8 @@ def readme() -> str:
     parts += [
         f"### `training_args`\n\nThe keys of transformers {versions['transformers']}'s `Seq2SeqTrainingArguments`. "
         "Exactly one of `max_steps` and `num_train_epochs` must be given. **Bold** defaults are Finegrid's, the others "
-        "the library's; `data_seed` follows `seed`.\n\n" + _table(_rows(_training_keys(), bold=DEFAULT_ARGS)),
+        "the library's; `data_seed` follows `seed`, and `warmup_steps` below 1 is a share of all steps.\n\n"
+        + _table(_rows(_training_keys(), bold=DEFAULT_ARGS)),
         "Accepted without effect, since Finegrid has its own place for it:\n\n"
         + _list(f"`{key}`: {reason}" for key, reason in IGNORED_ARGS.items()),
         "Old names are read, with a note:\n\n" + _list(_old_names()),
@@ -83,7 +85,8 @@ def readme() -> str:
         "### `quantization_config`\n\nThe keys of transformers' `BitsAndBytesConfig`; needs a `peft_config`.\n\n"
         + _table(_rows(keys["quantization_config"])),
         "### `generation_config`\n\nThe keys of transformers' `GenerationConfig`; null leaves the choice to the "
-        "library, and answers are greedy unless you say otherwise.\n\n" + _table(_rows(keys["generation_config"])),
+        "library, and answers are greedy unless you say otherwise.\n\n"
+        + _table(_rows(library_fields("generation_config"))),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -91,12 +94,8 @@ def readme() -> str:
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe. Nothing is required: the model may come from the study."""
     sections = {key: _schema(described) for key, described in recipe_keys().items()}
-    for section in ("training_args", "quantization_config", "generation_config"):
-        sections[section] = _mapping_schema(library_keys()[section])
-    every_method: dict[str, Any] = {}
-    for kind in sorted(library_keys()["peft_config"], key=lambda kind: kind != "LORA"):
-        every_method = library_keys()["peft_config"][kind] | every_method
-    sections["peft_config"] = _mapping_schema(every_method)
+    for section in ("training_args", "peft_config", "quantization_config", "generation_config"):
+        sections[section] = _mapping_schema(library_fields(section))
     old_args = {**RENAMED_ARGS, **FLAGS_NOW_VALUES, **REMOVED_ARGS}
     for section, old in (("training_args", old_args), *RENAMED_KEYS.items()):
         sections[section]["properties"] |= {key: {"deprecated": True} for key in old}
@@ -183,13 +182,13 @@ def _own_keys(section: str) -> dict[str, Any]:
 
 def _training_keys() -> dict[str, Any]:
     old = {*IGNORED_ARGS, *RENAMED_ARGS}
-    keys = {key: item for key, item in library_keys()["training_args"].items() if key not in old}
+    keys = {key: item for key, item in library_fields("training_args").items() if key not in old}
     return {key: item | {"default": DEFAULT_ARGS.get(key, item["default"])} for key, item in keys.items()}
 
 
 def _method_keys(method: str) -> dict[str, Any]:
     by_itself = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
-    keys = library_keys()["peft_config"][method]
+    keys = library_fields("peft_config", method)
     return {key: item for key, item in keys.items() if key not in {*by_itself, "peft_type"}}
 
 
