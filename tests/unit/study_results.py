@@ -157,6 +157,7 @@ def _write_run(
     if run["train"]:
         validation = [row for row in rows if row["split"] == "validation"]
         final = sum(row["nll"] for row in validation) / sum(row["label_tokens"] for row in validation)
+        base_loss += final - loss  # the validation rows are a little easier or harder than all rows
         _history(study / "history" / f"{run['run']}.csv", level, base_loss, final, seconds, memory, bad, rng)
         summary = {"run": run["run"], "method": run["method"], "steps": STEPS, "epochs": 1.0}
         summary |= {
@@ -339,17 +340,35 @@ def _token_report(rng) -> dict:
             "prompt_lengths": lengths(3.4, 0.25, n),
             "answer_lengths": lengths(4.0, 0.35, n),
         }
-    clean = {
-        "data": "insuranceqa",
-        "format": "columns",
-        "splits": {s: {"rows_in": v["rows_in"] + 9} for s, v in splits.items()},
-    }
-    clean["steps"] = [
-        {"step": "exact_duplicates", "split": "train", "rejected": 5},
-        {"step": "leaked_answers", "split": "train", "rejected": 4},
-    ]
+    clean = _clean_report({split: facts["rows_in"] for split, facts in splits.items()})
     limits = {"max_input_length": 64, "max_output_length": 96}
     return {"data": "insuranceqa", "limits": limits, "splits": splits, "clean": clean, "findings": []}
+
+
+def _clean_report(rows: dict[str, int]) -> dict:
+    """As the stage clean writes it: in train, five duplicates and four leaks; all white space mended."""
+    nothing = {"changed": 0, "rejected": 0}
+    report = {"dataset": "insuranceqa", "format": ["columns (prompt: question, answer: answer)"], "encoding": "utf-8"}
+    report["rows"] = {split: {"in": n, "out": n, "rejected": 0, "not_sampled": 0} for split, n in rows.items()}
+    report["rows"]["train"] |= {"in": rows["train"] + 50, "rejected": 9, "not_sampled": 41}
+    report["steps"] = {
+        split: {"white_space": {"changed": n, "rejected": 0}, "exact_duplicates": nothing} for split, n in rows.items()
+    }
+    report["steps"]["train"] |= {
+        "exact_duplicates": {"changed": 0, "rejected": 5},
+        "leaked_answers": {"changed": 0, "rejected": 4},
+    }
+    none = {"train_rows": 0, "distinct": 0}
+    report["leaks"] = {
+        "found": {"question": {"test": none}, "answer": {"test": {"train_rows": 4, "distinct": 3}}},
+        "left": {"question": {"test": none}, "answer": {"test": none}},
+        "rows_left": 0,
+    }
+    report["examples"] = {
+        "white_space": [{"id": "train-1", "before": "Is  this  it?", "after": "Is this it?"}],
+        "leaked_answers": [{"id": "train-2", "reason": "leak: answer in test (test-0003)"}],
+    }
+    return report
 
 
 def _write_comparison(study: Path, plan: dict) -> None:

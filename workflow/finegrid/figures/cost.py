@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from finegrid.figures import style
 from finegrid.figures.style import Study
 
-MARKERS = "osD^vP*X"  # a second sign beside the colour
 PANELS = (("peak_memory_gib", "Peak memory (GiB)"), ("train_minutes", "Training time (minutes)"))
 
 
@@ -27,18 +26,21 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     table = _table(study)
     sign = 1 if study.plan.metric == "loss" else -1
     quality = table.set_index("arm")["mean"]
-    named, more = style.named_arms(study, lambda arm: sign * quality[arm])
-    figure, axes = style.start(style.DOUBLE, 2.9, 1, 2, sharey=True)
+    memory = table.set_index("arm")["peak_memory_gib"].dropna()
+    least = memory.idxmin() if len(memory) else None
+    named, more = style.named_arms(study, lambda arm: sign * quality[arm], least)
+    marks = dict(zip(named, style.MARKERS, strict=False))
+    figure, axes = style.start(style.DOUBLE, 2.4, 1, 2, sharey=True)
     for panel, (column, name) in zip(axes, PANELS, strict=True):
-        for index, arm in enumerate(study.trained):
-            _point(panel, table[table["arm"] == arm.arm].iloc[0], column, study, MARKERS[index % len(MARKERS)])
+        for arm in study.trained:
+            row = table[table["arm"] == arm.arm].iloc[0]
+            _point(panel, row, column, study.colours[arm.arm], marks.get(arm.arm))
         for arm in study.untrained:
             panel.axhline(quality[arm.arm], color=study.colours[arm.arm], linestyle="--", linewidth=1, zorder=1.5)
         # Costs are amounts: the axis starts at none, so that twice as far is twice as much.
         panel.set_xlim(0, (table[column].max() or 1) * 1.1 if table[column].notna().any() else 1)
         panel.set_xlabel(name)
     axes[0].set_ylabel(style.metric_name(study))
-    marks = {arm.arm: MARKERS[index % len(MARKERS)] for index, arm in enumerate(study.trained)}
     handles = [
         Line2D([], [], color=study.colours[a], marker=marks[a], linewidth=1, markersize=4, label=study.label(a))
         for a in named
@@ -77,34 +79,29 @@ def _table(study: Study) -> pd.DataFrame:
     )
 
 
-def _point(panel, arm: pd.Series, column: str, study: Study, marker: str) -> None:
+def _point(panel, arm: pd.Series, column: str, colour, marker: str | None) -> None:
+    """Mean and interval at the arm's cost; arms that the legend does not name are drawn small and pale."""
     if pd.isna(arm[column]):
         return
-    colour, few = study.colours[arm["arm"]], len(study.trained) <= style.FEW
-    panel.plot(
-        [arm[column]] * 2, [arm["low"], arm["high"]], color=colour, linewidth=1 if few else 0.5, solid_capstyle="butt"
-    )
-    panel.plot(
-        arm[column],
-        arm["mean"],
-        marker,
-        color=colour,
-        markersize=5 if few else 4,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
-    )
+    alpha, size, width = (1, 5, 1) if marker else (0.5, 2.5, 0.5)
+    order = 3 if marker else 2
+    panel.plot([arm[column]] * 2, [arm["low"], arm["high"]], color=colour, linewidth=width, alpha=alpha, zorder=order)
+    options = {"color": colour, "markersize": size, "alpha": alpha, "zorder": order + 0.5, "markeredgecolor": "white"}
+    panel.plot(arm[column], arm["mean"], marker or "o", markeredgewidth=0.4 if marker else 0, **options)
 
 
 def _message(study: Study, table: pd.DataFrame) -> str:
+    name = style.METRIC_NAMES[study.plan.metric]
     known = table[table["peak_memory_gib"].notna() & table["train_minutes"].notna() & table["mean"].notna()]
     if known.empty:
-        return f"{study.plan.metric} by arm; no costs were recorded"
-    best = known.loc[known["mean"].idxmin() if study.plan.metric == "loss" else known["mean"].idxmax()]
-    text = (
-        f"{best['label']} has the best mean {study.plan.metric}, "
-        f"with {best['peak_memory_gib']:.1f} GiB and {best['train_minutes']:.1f} minutes a run"
-    )
-    cheapest = known.loc[known["peak_memory_gib"].idxmin()]
-    if cheapest["arm"] == best["arm"]:
-        return f"{text}, the least memory of all" if len(known) > 1 else text
-    return f"{text}; {cheapest['label']} needs the least memory, {cheapest['peak_memory_gib']:.1f} GiB"
+        return f"{name[0].upper()}{name[1:]} by arm; no costs were recorded"
+    lower = study.plan.metric == "loss"
+    best = known.loc[known["mean"].idxmin() if lower else known["mean"].idxmax()]
+    memory, minutes = f"{best['peak_memory_gib']:.2g} GiB", f"{best['train_minutes']:.2g} minutes"
+    text = f"{best['label']} has the {'lowest' if lower else 'highest'} mean {name} ({memory}, {minutes} a run)"
+    least = known.loc[known["peak_memory_gib"].idxmin()]
+    if len(known) == 1:
+        return text
+    if least["arm"] == best["arm"]:
+        return f"{text} and needs the least memory"
+    return f"{text}; {least['label']} needs the least memory ({least['peak_memory_gib']:.2g} GiB)"

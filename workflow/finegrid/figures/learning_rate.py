@@ -24,26 +24,28 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     """Return the figure and its table: arm, label, step, learning_rate (mean over seeds)."""
     study = style.load_study(study_dir)
     table = _table(study)
+    schedules = _schedules(study, table)
     # Rates of one schedule differ in their last digits only: three digits make a panel.
-    peaks = table.groupby("arm")["learning_rate"].max().map(lambda rate: float(f"{rate:.3g}"))
-    distinct = sorted(peaks.unique(), reverse=True)
+    peaks = [float(f"{rows['learning_rate'].max():.3g}") for _, rows in schedules]
+    distinct = sorted(set(peaks), reverse=True)
     panels = distinct if len(distinct) <= PANELS else [None]
-    width = style.SINGLE
-    figure, axes = style.start(width, 1.3 + 1.05 * len(panels), len(panels), 1, sharex=True, squeeze=False)
-    named, more = style.named_arms(study, lambda arm: -peaks.get(arm, 0.0))
+    figure, axes = style.start(style.SINGLE, 0.5 + 1.15 * len(panels), len(panels), 1, sharex=True, squeeze=False)
+    many = len(study.trained) > style.FEW
+    handles = []
     for panel, peak in zip(axes[:, 0], panels, strict=True):
-        arms = [arm.arm for arm in study.trained if peak is None or peaks[arm.arm] == peak]
-        _schedules(panel, table, arms, study)
+        for (arms, rows), own in zip(schedules, peaks, strict=True):
+            if peak in (None, own):
+                handles += _line(panel, rows, arms, own, study, many)
         if peak is None:
             panel.set_yscale("log")
         else:
             panel.set_ylim(0, peak * 1.08)
             panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axes[-1, 0].set_xlabel("Optimiser step")
-    axes[-1, 0].set_xlim(left=0)
+    axes[-1, 0].set(xlabel="Optimiser step", xlim=(0, None))
     figure.supylabel("Learning rate", fontsize=style.POINTS)
-    style.legend(figure, [Line2D([], [], color=study.colours[a], label=study.label(a)) for a in named], more)
-    style.message(figure, _message(study, table, distinct))
+    left_out = len(handles) - style.FEW
+    style.legend(figure, handles[: style.FEW], f"and {left_out} more schedules" if left_out > 0 else None)
+    style.message(figure, _message(table, distinct))
     return figure, table
 
 
@@ -57,28 +59,33 @@ def _table(study: Study) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _schedules(panel, table: pd.DataFrame, arms: list[str], study: Study) -> None:
-    """One line a schedule; arms that share it take turns along it, so that none hides another."""
-    shared: dict[tuple, list[str]] = {}
-    for arm in arms:
-        rows = table[table["arm"] == arm]
+def _schedules(study: Study, table: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
+    """Distinct schedules in the plan's order: the arms that ran each, and its rows."""
+    shared: dict[tuple, tuple[list[str], pd.DataFrame]] = {}
+    for arm in study.trained:
+        rows = table[table["arm"] == arm.arm]
         key = tuple((int(step), f"{rate:.6g}") for step, rate in zip(rows["step"], rows["learning_rate"], strict=True))
-        shared.setdefault(key, []).append(arm)
-    for group in shared.values():
-        rows = table[table["arm"] == group[0]]
-        for turn, arm in enumerate(group):
-            dashes = "-" if len(group) == 1 else (-turn * DASH, (DASH, DASH * (len(group) - 1)))
-            panel.plot(
-                rows["step"],
-                rows["learning_rate"],
-                color=study.colours[arm],
-                linestyle=dashes,
-                linewidth=1.4,
-                dash_capstyle="butt",
-            )
+        shared.setdefault(key, ([], rows))[0].append(arm.arm)
+    return list(shared.values())
 
 
-def _message(study: Study, table: pd.DataFrame, peaks: list[float]) -> str:
+def _line(panel, rows: pd.DataFrame, arms: list[str], peak: float, study: Study, many: bool) -> list[Line2D]:
+    """Draw one schedule and return its legend: a few arms that share it take turns along it, so that none hides
+    another; of many arms the schedule is named, not the arm."""
+    if many and len(arms) > 1:
+        turns = [("0.25", f"{len(arms)} arms, peak {peak:g}")]
+    else:
+        turns = [(study.colours[arm], study.label(arm)) for arm in arms]
+    handles = []
+    for turn, (colour, label) in enumerate(turns):
+        dashes = "-" if len(turns) == 1 else (-turn * DASH, (DASH, DASH * (len(turns) - 1)))
+        options = {"color": colour, "linestyle": dashes, "linewidth": 1.4, "dash_capstyle": "butt"}
+        panel.plot(rows["step"], rows["learning_rate"], **options)
+        handles.append(Line2D([], [], color=colour, label=label))
+    return handles
+
+
+def _message(table: pd.DataFrame, peaks: list[float]) -> str:
     by_arm = table.sort_values("step").groupby("arm")
     warm = {int(rows.loc[rows["learning_rate"].idxmax(), "step"]) for _, rows in by_arm}
     end = max(rows["learning_rate"].iloc[-1] / rows["learning_rate"].max() for _, rows in by_arm)

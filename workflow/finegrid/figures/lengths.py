@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from finegrid.errors import UserError
 from finegrid.figures import style
@@ -30,7 +31,7 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     reports = _reports(study_dir)
     table = pd.concat([_table(name, report) for name, report in reports.items()], ignore_index=True)
     shown = list(reports)[:SETS]
-    figure, axes = style.start(style.DOUBLE, 1.2 + 1.5 * len(shown), len(shown), 2, squeeze=False)
+    figure, axes = style.start(style.DOUBLE, 0.4 + 1.6 * len(shown), len(shown), 2, squeeze=False)
     splits = list(dict.fromkeys(table["split"]))
     colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)), strict=True))
     for line, name in zip(axes, shown, strict=True):
@@ -38,11 +39,16 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
             rows = table[(table["tokens"] == name) & (table["side"] == side)]
             _histogram(panel, rows, colours)
             limit = rows["limit"].iloc[0]
-            which = f" of {_short(name)}" if len(shown) > 1 else ""
-            panel.set_title(f"{title}{which}: {_cut(rows)} cut at {limit:g}")
+            which = f"{name}\n" if len(shown) > 1 else ""
+            panel.set_title(f"{which}{title}: {_cut(rows)} cut at {limit:g} tokens")
             panel.set_xlabel("Length (tokens)")
         line[0].set_ylabel("Rows per token (%)")
-    handles = [Line2D([], [], color=colours[split], label=split) for split in splits]
+    handles = [
+        Patch(facecolor=colours[split], alpha=0.45, label=split)
+        if split == "train"
+        else Line2D([], [], color=colours[split], label=split)
+        for split in splits
+    ]
     handles.append(Line2D([], [], color="0.1", linestyle="--", linewidth=1, label="limit"))
     more = f"{len(shown)} of {len(reports)} data sets" if len(shown) < len(reports) else None
     style.legend(figure, handles, more)
@@ -68,6 +74,7 @@ def _table(name: str, report: dict) -> pd.DataFrame:
             )
             if not counts.sum():
                 continue
+            counts, edges = _merged(counts, edges)
             part = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "rows": counts.astype(int)})
             part["share_per_token"] = counts / counts.sum() / np.diff(edges)
             part["limit"], part["truncated"] = report["limits"][limit], content[f"truncated_{side}s"]
@@ -89,6 +96,14 @@ def _table(name: str, report: dict) -> pd.DataFrame:
         "longest",
     ]
     return pd.concat(parts, ignore_index=True)[columns]
+
+
+def _merged(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring bins put together until there are about twice the cube root of the rows (Rice's rule): the report's
+    bins are fine enough for a large split, and noise for a small one."""
+    step = max(1, round(len(counts) / (2 * counts.sum() ** (1 / 3))))
+    starts = np.arange(0, len(counts), step)
+    return np.add.reduceat(counts, starts), np.append(edges[starts], edges[-1])
 
 
 def _histogram(panel, rows: pd.DataFrame, colours: dict) -> None:
@@ -125,19 +140,13 @@ def _percent(share: float) -> str:
     return "none" if share == 0 else f"{share:.1%}".replace("%", " %") if share >= 0.001 else "<0.1 %"
 
 
-def _short(name: str) -> str:
-    """Data set and first letters of its id: enough to tell two apart."""
-    return name if len(name) <= 22 else f"{name[:12]}…{name[-8:]}"
-
-
 def _message(table: pd.DataFrame) -> str:
     first = table["tokens"].iloc[0]
     sentences = []
     for side, title, _ in SIDES:
         rows = table[(table["tokens"] == first) & (table["side"] == side)]
         if len(rows):
-            cut = _cut(rows)
-            sentences.append(f"{cut} of the {title.lower()} are longer than {rows['limit'].iloc[0]:g} tokens and cut")
-    text = "; ".join(sentences)
+            sentences.append(f"{_cut(rows)} of the {title.lower()} at {rows['limit'].iloc[0]:g} tokens")
     many = table["tokens"].nunique()
-    return f"Training rows: {text}" + (f" (first of {many} data sets)" if many > 1 else "")
+    where = f" (first of {many} data sets)" if many > 1 else ""
+    return f"Cut in training: {', '.join(sentences)}{where}"

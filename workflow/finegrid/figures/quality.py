@@ -9,12 +9,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from finegrid.figures import style
 from finegrid.figures.style import Study
 
 ROWS = 42  # more arms than fit on a page: the best are shown
 LETTERS = 26  # of an arm's label in one line
+SEED = {"marker": "o", "markersize": 2.8, "markerfacecolor": "white", "markeredgecolor": "0.15", "markeredgewidth": 0.6}
+SEED["linestyle"] = "none"
 
 
 def draw(study_dir: Path, output: Path) -> None:
@@ -29,15 +32,23 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     arms, left_out = _shown(study)
     table = _table(study, arms)
     labels = [style.wrapped(study.label(arm), LETTERS) for arm in arms]
-    # A label of two lines needs a row of its own height.
-    height = 1.25 + sum(0.20 + 0.13 * label.count("\n") for label in labels)
-    figure, (left, right) = style.start(style.DOUBLE, max(height, 1.9), 1, 2, sharey=True, width_ratios=(1, 1))
+    # Rows are equally high: as the label with the most lines needs it.
+    title = style.wrapped(f"Difference to {study.label(study.plan.baseline)}", 32)
+    height = (
+        0.6
+        + style.LINE * (title.count("\n") + 1)
+        + len(arms) * (0.20 + 0.13 * max(label.count("\n") for label in labels))
+    )
+    figure, (left, right) = style.start(style.DOUBLE, max(height, 1.4), 1, 2, sharey=True, width_ratios=(1, 1))
     for row, arm in enumerate(arms):
         _estimate(left, table[table["arm"] == arm], row, study)
         _difference(right, table[(table["arm"] == arm) & table["seed"].isna()].iloc[0], row, study)
     left.set_yticks(range(len(arms)), labels)
     left.set(ylim=(len(arms) - 0.4, -0.6), xlabel=style.metric_name(study), title="Estimate")
     left.grid(axis="y", visible=False)
+    for panel in (left, right):
+        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # narrow panels: more or longer ones touch
+    right.set_title(title)
     _difference_axis(right, table, arms, study)
     style.legend(figure, _handles(study, table), left_out)
     style.message(figure, _message(study))
@@ -86,15 +97,8 @@ def _estimate(panel, rows: pd.DataFrame, row: int, study: Study) -> None:
     colour = study.colours[arm["arm"]]
     panel.plot([arm["low"], arm["high"]], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
     panel.plot(arm["mean"], row, "o", color=colour, markersize=4.5)
-    panel.plot(
-        seeds["mean"],
-        [row] * len(seeds),
-        "o",
-        markersize=3,
-        markerfacecolor="white",
-        markeredgecolor="0.15",
-        markeredgewidth=0.6,
-    )
+    if len(seeds) > 1:  # one seed is the mean itself
+        panel.plot(seeds["mean"], [row + 0.27] * len(seeds), **SEED)
 
 
 def _difference(panel, arm: pd.Series, row: int, study: Study) -> None:
@@ -115,55 +119,52 @@ def _difference_axis(panel, table: pd.DataFrame, arms: list[str], study: Study) 
     panel.tick_params(axis="y", left=False, length=0)
     # Verdicts stand where a second axis has its labels: beside the panel, so that no interval runs into them.
     beside = panel.secondary_yaxis("right")
-    verdicts = table[table["seed"].isna()].set_index("arm")["verdict"]
-    words = ["(baseline)" if arm == study.plan.baseline else str(verdicts[arm]) for arm in arms]
-    beside.set_yticks(range(len(arms)), words)
+    rows = table[table["seed"].isna()].set_index("arm")
+    beside.set_yticks(range(len(arms)), [_words(rows.loc[arm], study) for arm in arms])
     beside.tick_params(length=0)
     beside.spines["right"].set_visible(False)
-    baseline = study.label(study.plan.baseline)
     better = "lower is better" if study.plan.metric == "loss" else "higher is better"
-    panel.set(
-        title=style.wrapped(f"Difference to {baseline} ({better})", 44), xlabel=f"Difference in {study.plan.metric}"
-    )
+    panel.set_xlabel(f"Difference in {style.METRIC_NAMES[study.plan.metric]} ({better})")
+
+
+def _words(arm: pd.Series, study: Study) -> str:
+    """The verdict as printed beside the arm's difference, with the p that decided it."""
+    if arm.name == study.plan.baseline:
+        return "(baseline)"
+    if pd.isna(arm["p_adjusted"]):
+        return "no number: diverged"
+    if arm["verdict"] == "equivalent":
+        return "equivalent"
+    p = "p < 0.001" if arm["p_adjusted"] < 0.001 else f"p = {arm['p_adjusted']:.2g}"
+    return f"{arm['verdict']} ({p})"
 
 
 def _handles(study: Study, table: pd.DataFrame) -> list:
     handles = [Line2D([], [], color="0.3", marker="o", markersize=4.5, label="mean, 95 % interval")]
-    if table["seed"].notna().any():
-        seed = {
-            "marker": "o",
-            "markersize": 3,
-            "markerfacecolor": "white",
-            "markeredgecolor": "0.15",
-            "linestyle": "none",
-        }
-        handles.append(Line2D([], [], label="one seed", markeredgewidth=0.6, **seed))
+    if table[table["seed"].notna()].groupby("arm").size().gt(1).any():
+        handles.append(Line2D([], [], label="each seed", **SEED))
     if study.plan.margin:
         handles.append(Patch(facecolor="0.9", label=f"margin ±{study.plan.margin:g}"))
     return handles
 
 
 def _message(study: Study) -> str:
-    metric = study.plan.metric
-    rows = study.comparisons[study.comparisons["metric"] == metric].set_index("arm")
+    rows = study.comparisons[study.comparisons["metric"] == study.plan.metric].set_index("arm")
     trained = [arm.arm for arm in study.trained if arm.arm in rows.index]
-    baseline = study.label(study.plan.baseline)
+    name, baseline = style.METRIC_NAMES[study.plan.metric], study.label(study.plan.baseline)
     if not trained:
-        return f"{metric} by arm"
-    groups = {}
-    for arm in trained:
-        groups.setdefault(rows.loc[arm, "verdict"], []).append(study.label(arm))
+        return f"{name[0].upper()}{name[1:]} by arm: no trained arm to compare with {baseline}"
+    words = {"better": "better than", "worse": "worse than", "equivalent": "equivalent to"}
+    words["not distinguishable"] = "not distinguishable from"
     phrases = []
-    words = {
-        "better": "better than {0}: {1}",
-        "worse": "worse than {0}: {1}",
-        "equivalent": "equivalent to {0} within the margin: {1}",
-        "not distinguishable": "not distinguishable from {0}: {1}",
-    }
     for verdict, phrase in words.items():
-        names = groups.get(verdict, [])
+        names = [study.label(arm) for arm in trained if rows.loc[arm, "verdict"] == verdict]
         if names:
-            listed = ", ".join(names) if len(names) <= 3 else f"{len(names)} arms"
-            phrases.append(phrase.format(baseline if not phrases else "it", listed))
-    text = "; ".join(phrases)
-    return f"{metric}: {text}"
+            listed = f"{len(names)} arms" if len(names) > 3 else _listed(names)
+            to = baseline if not phrases else "it"
+            phrases.append(f"{listed} {'is' if len(names) == 1 else 'are'} {phrase} {to}")
+    return f"In {name}, {'; '.join(phrases)}"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

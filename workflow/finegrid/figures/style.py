@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -51,15 +52,18 @@ CJK_FONTS = (
     "Arial Unicode MS",
 )
 METRIC_NAMES = {
-    "loss": "Test loss (nats per label token)",
-    "exact_match": "Exact match (share)",
-    "f1": "Token F1 (0–1)",
-    "rouge1": "ROUGE-1 (0–1)",
-    "rouge2": "ROUGE-2 (0–1)",
-    "rougeL": "ROUGE-L (0–1)",
-    "bleu": "Sentence BLEU (0–1)",
-    "chrf": "chrF (0–1)",
+    "loss": "loss",
+    "exact_match": "exact match",
+    "f1": "token F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "sentence BLEU",
+    "chrf": "chrF",
 }
+MARKERS = "osD^vP*X"  # a second sign of an arm beside its colour
+LINE = 0.165  # inches: height of a line of text
+SIGN = 7  # letters: width of a legend's sign with its spaces
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ def load_study(folder: Path) -> Study:
 def arm_colours(plan: Plan) -> dict[str, tuple[float, float, float]]:
     """One colour an arm, the same in every figure: it hangs on the order of the arms in the plan alone.
 
-    Untrained base models are grey. Up to FEW arms have the colours of seaborn's colour-blind palette; more have steps
-    of viridis, whose lightness alone tells their order.
+    Untrained base models are grey. Up to FEW arms have the colours of seaborn's colour-blind palette; more have
+    shades of viridis, which all readers tell apart by lightness; where they matter, figures add a marker.
     """
     trained = [arm.arm for arm in plan.arms if any(run.train for run in plan.runs_of(arm.arm))]
     untrained = [arm.arm for arm in plan.arms if arm.arm not in trained]
@@ -125,7 +129,9 @@ def arm_colours(plan: Plan) -> dict[str, tuple[float, float, float]]:
         colour for index, colour in enumerate(sns.color_palette("colorblind")) if index not in (7, 8)
     ]  # grey, yellow
     if len(trained) > len(palette):
-        palette = sns.color_palette("viridis", len(trained) + len(trained) // 8)  # without the palest end
+        # Steps of the golden section: neighbours in the plan are far apart, and no two are the same.
+        shades = matplotlib.colormaps["viridis"]
+        palette = [shades(0.92 * (index * 0.618034 % 1))[:3] for index in range(len(trained))]
     return dict(zip(trained, palette, strict=False)) | dict(zip(untrained, greys, strict=True))
 
 
@@ -153,7 +159,10 @@ def _wide(letter: str) -> bool:
 
 
 def start(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, object]:
-    """A figure in our style: `plt.subplots` with sizes in inches and a layout that leaves room for all texts."""
+    """A figure in our style: `plt.subplots` in inches, with a layout that leaves room for all texts.
+
+    `height` is that of the panels with their labels; title and legend add theirs (:func:`message`, :func:`legend`).
+    """
     fonts = ["DejaVu Sans"] + ([cjk_font()] if cjk_font() else [])
     sns.set_theme(
         context="paper",
@@ -180,19 +189,28 @@ def start(width: float, height: float, rows: int = 1, columns: int = 1, **option
             "axes.spines.right": False,
         },
     )
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
+    return figure, axes
 
 
 def message(figure: Figure, text: str) -> None:
     """Say the figure's one message as its title, wrapped to the figure's width."""
-    letters = int(figure.get_figwidth() * 72 / (POINTS * 0.60))
-    figure.suptitle(wrapped(text, letters), x=0.01, ha="left", fontweight="bold")
+    title = figure.suptitle(text, x=0.01, ha="left", fontweight="bold")
+    letters = cells(text)
+    while title.get_window_extent().width > 0.97 * figure.bbox.width and letters > 10:
+        letters -= 1
+        title.set_text(wrapped(text, letters))
+    figure.set_figheight(figure.get_figheight() + LINE * (title.get_text().count("\n") + 1))
 
 
 def wrapped(text: str, letters: int) -> str:
-    """Break text into lines of at most `letters` letters; Chinese ones count double and break anywhere."""
+    """Break text into lines of at most `letters` letters, of like lengths; Chinese ones count double and break
+    anywhere."""
     if not any(_wide(letter) for letter in text):
-        return textwrap.fill(text, letters)
+        needed = len(textwrap.wrap(text, letters))
+        even = next(n for n in range(max(1, letters // 3), letters + 1) if len(textwrap.wrap(text, n)) <= needed)
+        return textwrap.fill(text, even if needed > 1 else letters)
     lines, width = [""], 0
     for letter in text:
         size = 2 if _wide(letter) else 1
@@ -209,31 +227,49 @@ def cells(text: str) -> int:
     return sum(2 if _wide(letter) else 1 for letter in text)
 
 
-def legend(figure: Figure, handles: list[Line2D], more: str | None = None) -> None:
+def legend(figure: Figure, handles: list[Artist], more: str | None = None) -> None:
     """A legend below the panels, in as many columns as fit; `more` says in words what it leaves out."""
     if more:
         handles = [*handles, Line2D([], [], linestyle="none", label=more)]
     if not handles:
         return
-    letters = figure.get_figwidth() * 72 / (POINTS * 0.62)
-    longest = max(cells(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), 6, int(letters / (longest + 7))))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2, columnspacing=1.5)
+    letters = int(figure.get_figwidth() * 72 / (POINTS * 0.64))
+    labels = [wrapped(handle.get_label(), letters - SIGN) for handle in handles]
+    widths = [max(cells(line) for line in label.split("\n")) + SIGN for label in labels]
+    # A column is as wide as its widest entry, and entries run down the columns.
+    columns = next(
+        n for n in range(len(labels), 0, -1) if n == 1 or sum(max(part) for part in _columns(widths, n)) <= letters
+    )
+    lines = max(sum(label.count("\n") + 1 for label in part) for part in _columns(labels, columns))
+    figure.set_figheight(figure.get_figheight() + LINE * lines)
+    options = {"loc": "outside lower center", "ncols": columns, "handlelength": 2, "columnspacing": 1.5}
+    figure.legend(handles, labels, **options)
 
 
-def named_arms(study: Study, order: Callable[[str], float]) -> tuple[list[str], str | None]:
-    """Arms that a legend names: all where they are few; else the baseline and the best by `order` (smallest first)."""
+def _columns(items: list, n: int) -> list[list]:
+    """Items as a legend puts them into n columns: down the first, then down the next."""
+    long, rest = divmod(len(items), n)
+    sizes = [long + (index < rest) for index in range(n)]
+    return [items[sum(sizes[:index]) : sum(sizes[: index + 1])] for index in range(n)]
+
+
+def named_arms(study: Study, order: Callable[[str], float], also: str | None = None) -> tuple[list[str], str | None]:
+    """Arms that a legend names: all where they are few; else the baseline, `also`, and the best by `order` (smallest
+    first). With them, what the legend leaves out, in words."""
     trained = [arm.arm for arm in study.trained]
     if len(trained) <= FEW:
         return trained, None
-    best = sorted(trained, key=order)[: FEW - 1]
-    named = [arm for arm in trained if arm in best or arm == study.plan.baseline]
+    best = sorted(trained, key=order)[: FEW - 3]
+    named = [arm for arm in trained if arm in best or arm in (study.plan.baseline, also)]
     return named, f"and {len(trained) - len(named)} more arms: see the table"
 
 
 def metric_name(study: Study) -> str:
-    """Axis label of the primary metric."""
-    return METRIC_NAMES[study.plan.metric].replace("Test", study.comparison["split"].capitalize())
+    """Axis label of the primary metric, with its unit."""
+    name, split = METRIC_NAMES[study.plan.metric], study.comparison["split"]
+    if study.plan.metric == "loss":
+        return f"{split.capitalize()} loss (nats per label token)"
+    return f"{name[0].upper()}{name[1:]} on {split} (0 to 1)" if name != "chrF" else f"chrF on {split} (0 to 1)"
 
 
 def histories(study: Study, arms: Iterable[str]) -> pd.DataFrame:

@@ -1,0 +1,296 @@
+"""Figures: their tables hold what they show, every text can be read, the same numbers give the same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from finegrid.analysis.scores import load_plan
+from finegrid.errors import UserError
+from finegrid.figures import cost, learning_rate, lengths, loss_curves, quality, style
+from matplotlib.text import Text
+from PIL import Image
+from study_results import make_results
+
+FIGURES = ("loss_curves", "learning_rate", "quality", "cost", "lengths")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return make_results(tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    return make_results(tmp_path_factory.mktemp("many"), arms=40, levels=0, examples=12)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def module(name):
+    return importlib.import_module(f"finegrid.figures.{name}")
+
+
+def edit(path, change):
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def texts(figure):
+    """Every text that is drawn, with its box in pixels. Ticks outside the limits exist but are not drawn."""
+    figure.canvas.draw()
+    hidden = set()
+    for axes in figure.findobj(lambda artist: hasattr(artist, "_update_ticks")):
+        drawn = {id(label) for tick in axes._update_ticks() for label in (tick.label1, tick.label2)}
+        hidden |= {id(label) for tick in axes.get_major_ticks() for label in (tick.label1, tick.label2)} - drawn
+        hidden |= {id(label) for tick in axes.get_minor_ticks() for label in (tick.label1, tick.label2)} - drawn
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in hidden]
+    return [(text.get_text(), text.get_window_extent()) for text in found]
+
+
+def assert_readable(figure):
+    boxes = texts(figure)
+    assert boxes
+    outside = [t for t, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > figure.bbox.x1 + 1 or b.y1 > figure.bbox.y1 + 1]
+    assert not outside
+    overlapping = [
+        (a, b)
+        for (a, one), (b, other) in itertools.combinations(boxes, 2)
+        if min(one.x1, other.x1) - max(one.x0, other.x0) > 1 and min(one.y1, other.y1) - max(one.y0, other.y0) > 1.5
+    ]
+    assert not overlapping
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_text_can_be_read(study, name):
+    figure, _ = module(name).plot(study)
+    assert_readable(figure)
+    assert figure.get_figwidth() in (style.SINGLE, style.DOUBLE)
+    assert figure.get_suptitle()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_forty_arms_stay_readable(many, name):
+    figure, table = module(name).plot(many)
+    assert_readable(figure)
+    assert figure.get_figheight() < 10.5  # a page
+    if name != "lengths":
+        trained = {run.arm for run in load_plan(many / "plan.json").runs if run.train}
+        assert trained <= set(table["arm"])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_long_names_stay_readable(tmp_path, name):
+    study = make_results(tmp_path, levels=0, examples=12)
+    long = "LoRA on all linear layers with rank-stabilised scaling and warm-up"
+
+    def rename(plan):
+        for index, arm in enumerate(plan["arms"]):
+            arm["label"] = f"{long}, variant number {index}"
+
+    edit(study / "plan.json", rename)
+    assert_readable(module(name).plot(study)[0])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_numbers_give_the_same_bytes_with_fonts_embedded(study, tmp_path, name):
+    for folder in ("first", "second"):
+        module(name).draw(study, tmp_path / folder / name)
+    for suffix in ("pdf", "png", "csv"):
+        first, second = ((tmp_path / folder / f"{name}.{suffix}").read_bytes() for folder in ("first", "second"))
+        assert first == second
+        assert len(first) > 200
+    assert sorted(p.name for p in (tmp_path / "first").iterdir()) == [f"{name}.{s}" for s in ("csv", "pdf", "png")]
+    pdf = (tmp_path / "first" / f"{name}.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+    with Image.open(tmp_path / "first" / f"{name}.png") as image:
+        assert min(image.info["dpi"]) >= 200
+        assert image.width >= 3 * 200
+
+
+def test_an_arm_has_one_colour_in_all_figures_whatever_the_results(study, many):
+    colours = style.arm_colours(load_plan(study / "plan.json"))
+    assert len(set(colours.values())) == len(colours) == 5
+    drawn = {}
+    for name in ("loss_curves", "learning_rate", "cost"):
+        figure, _ = module(name).plot(study)
+        handles = figure.legends[0].legend_handles
+        drawn[name] = {handle.get_label(): handle.get_color() for handle in handles}
+    for label, arm in (("Full", "full"), ("LoRA", "lora"), ("QLoRA (nf4)", "qlora")):
+        assert {colours[arm]} == {found[label] for found in drawn.values()}
+    assert len(set(style.arm_colours(load_plan(many / "plan.json")).values())) == 42
+
+
+def test_loss_curves_show_every_logged_loss_and_the_bases_level(study):
+    figure, table = loss_curves.plot(study)
+    selected = json.loads((study / "comparison/comparison.json").read_text("utf-8"))["selected"]
+    for arm in ("full", "lora", "qlora"):
+        for run in selected[arm]["runs"]:
+            history = pd.read_csv(study / "history" / f"{run}.csv")
+            shown = table[table["run"] == run]
+            assert shown[shown["split"] == "training"]["loss"].tolist() == history["loss"].dropna().tolist()
+            assert shown[shown["split"] == "validation"]["loss"].tolist() == history["eval_loss"].dropna().tolist()
+    low, high = figure.axes[0].get_ylim()
+    assert low < table["loss"].min()
+    assert high > table["loss"].max()
+    arms = pd.read_csv(study / "comparison/arms.tsv", sep="\t", index_col="arm")
+    levels = {line.get_ydata()[0] for line in figure.axes[1].lines if line.get_linestyle() == "--"}
+    assert levels == {arms.loc["base", "validation_loss"], arms.loc["base (nf4)", "validation_loss"]}
+    assert "falls below the base model's in every arm" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_loss_curves_mark_where_a_run_diverged(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12, diverged="lora")
+    figure, table = loss_curves.plot(study)
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert [line.get_xdata()[0] for line in crosses] == [10]
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert table["loss"].isna().sum() == 1
+    assert "does not fall below the base model's with LoRA" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_learning_rates_of_different_size_get_panels_that_show_each(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12)
+    for run in load_plan(study / "plan.json").runs_of("full"):
+        path = study / "history" / f"{run.run}.csv"
+        history = pd.read_csv(path)
+        history["learning_rate"] /= 20
+        history.to_csv(path, index=False)
+    figure, table = learning_rate.plot(study)
+    assert_readable(figure)
+    assert len(figure.axes) == 2
+    assert [axes.get_ylim()[1] for axes in figure.axes] == pytest.approx([1.08e-3, 5.4e-5])
+    assert table[table["arm"] == "full"]["learning_rate"].max() == pytest.approx(5e-5)
+    assert "5e-05 to 0.001, by arm" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_quality_shows_estimates_seeds_and_verdicts(study):
+    figure, table = quality.plot(study)
+    arms = pd.read_csv(study / "comparison/arms.tsv", sep="\t", index_col="arm")
+    differences = pd.read_csv(study / "comparison/comparisons.tsv", sep="\t")
+    differences = differences[differences["metric"] == "rougeL"].set_index("arm")
+    for arm, rows in table.groupby("arm"):
+        whole, seeds = rows[rows["seed"].isna()].iloc[0], rows[rows["seed"].notna()]
+        assert (
+            whole[["mean", "low", "high"]].tolist() == arms.loc[arm, ["rougeL", "rougeL_low", "rougeL_high"]].tolist()
+        )
+        assert len(seeds) == arms.loc[arm, "seeds"]
+        if len(seeds):
+            assert seeds["mean"].mean() == pytest.approx(whole["mean"], rel=1e-6)
+        if arm != "full":
+            assert whole["difference"] == differences.loc[arm, "difference"]
+            assert whole["verdict"] == differences.loc[arm, "verdict"]
+    left, right = figure.axes[:2]
+    assert left.get_xlim()[0] < table["low"].min()
+    assert left.get_xlim()[1] > table["high"].max()
+    assert right.get_xlim()[0] < min(table["difference_low"].min(), -0.01)
+    words = [text for text, _ in texts(figure)]
+    assert "(baseline)" in words
+    for arm in ("base", "lora"):
+        assert any(word.startswith(differences.loc[arm, "verdict"]) for word in words)
+
+
+def test_more_arms_than_a_page_holds_are_cut_to_the_best_and_told(tmp_path):
+    study = make_results(tmp_path, arms=60, levels=0, seeds=1, examples=4)
+    figure, table = quality.plot(study)
+    assert table["arm"].nunique() == quality.ROWS
+    assert {"full", "base", "base (nf4)"} <= set(table["arm"])
+    assert any(text.startswith("42 of 62 arms") for text, _ in texts(figure))
+    assert_readable(figure)
+
+
+def test_cost_starts_at_nothing_and_draws_each_arm_at_its_cost(study):
+    figure, table = cost.plot(study)
+    summary = json.loads(next((study / "training").glob("full-*.json")).read_text("utf-8"))
+    full = table.set_index("arm").loc["full"]
+    assert full["peak_memory_gib"] == pytest.approx(summary["peak_memory_mb"] / 1024, rel=0.05)
+    assert [axes.get_xlim()[0] for axes in figure.axes] == [0, 0]
+    assert figure.axes[0].get_xlim()[1] > table["peak_memory_gib"].max()
+    assert table.set_index("arm").loc["base", ["peak_memory_gib", "train_minutes"]].isna().all()
+
+
+def test_lengths_state_the_share_cut_and_draw_the_limits(study):
+    figure, table = lengths.plot(study)
+    report = json.loads(next((study / "data").glob("*.json")).read_text("utf-8"))
+    for side in ("prompt", "answer"):
+        for split, content in report["splits"].items():
+            rows = table[(table["side"] == side) & (table["split"] == split)]
+            assert rows["rows"].sum() == sum(content[f"{side}_lengths"]["counts"])
+            assert (rows["share_per_token"] * (rows["high"] - rows["low"])).sum() == pytest.approx(1)
+    limits = [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes]
+    assert limits == [[64], [96]]
+    assert figure.axes[1].get_title() == "Answers: 5.0 % cut at 96 tokens"
+    assert figure.axes[0].get_title() == "Prompts: none cut at 64 tokens"
+
+
+def test_a_long_tail_of_lengths_is_shown_whole(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12)
+
+    def stretch(report):
+        for content in report["splits"].values():
+            lengths = content["answer_lengths"]
+            lengths["counts"], lengths["edges"] = [300, 90, 9, 0, 1], [1, 60, 200, 900, 3000, 5000]
+            lengths["quantiles"] = {"50": 50, "90": 150, "99": 800, "max": 5000}
+
+    edit(next((study / "data").glob("*.json")), stretch)
+    figure, _ = lengths.plot(study)
+    assert figure.axes[1].get_xscale() == "log"
+    assert figure.axes[1].get_xlim()[1] >= 5000
+    assert_readable(figure)
+
+
+def test_several_data_sets_get_a_row_each(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12)
+    report = next((study / "data").glob("*.json"))
+    for index in range(2):
+        (report.parent / f"other-data-set-with-a-long-name-{index}aaaaaaa.json").write_bytes(report.read_bytes())
+    figure, table = lengths.plot(study)
+    assert len(figure.axes) == 6
+    assert table["tokens"].nunique() == 3
+    assert_readable(figure)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_one_seed_and_one_arm_are_drawn(tmp_path, name):
+    study = make_results(tmp_path, arms=1, seeds=1, levels=0, examples=8)
+    assert_readable(module(name).plot(study)[0])
+
+
+def test_chinese_labels_render_or_the_fallback_is_told(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12, chinese=True)
+    if style.cjk_font():
+        figure, _ = quality.plot(study)
+        assert any("全参数微调" in text for text, _ in texts(figure))
+        return
+    with pytest.warns(UserWarning, match="no font with Chinese characters is installed.*fonts-noto-cjk"):
+        figure, _ = quality.plot(study)
+    drawn = "".join(text for text, _ in texts(figure))
+    assert not re.search("[一-鿿]", drawn)
+    assert "lora" in drawn
+
+
+def test_figures_say_what_is_missing(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=8)
+    (study / "comparison/arms.tsv").unlink()
+    with pytest.raises(UserError, match=r"comparison/arms\.tsv: no such file"):
+        loss_curves.plot(study)
+
+
+def test_wrapped_lines_have_like_lengths_and_chinese_counts_double():
+    lines = style.wrapped("one two three four five six seven", 30).split("\n")
+    assert len(lines) == 2
+    assert np.ptp([len(line) for line in lines]) < 8
+    assert style.wrapped("微调微调微调", 4) == "微调\n微调\n微调"
