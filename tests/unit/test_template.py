@@ -150,9 +150,12 @@ def test_the_prompt_is_exactly_what_generation_would_be_given(load, real_chats, 
 
 def test_llama3_template_teaches_answers_and_eot_of_every_turn(load):
     tokenizer = load()
-    tokens = one(ChatTemplate(tokenizer, LLAMA3), dialogue("One?", " Two. ", "Three?", "Four.", system="Be kind."))
+    template = ChatTemplate(tokenizer, LLAMA3)
+    tokens = one(template, dialogue("One?", " Two. ", "Three?", "Four.", system="Be kind."))
     taught = [tokenizer.decode([label]) for label in labels_of(tokens) if label != -100]
     assert "".join(taught) == "Two.<|eot_id|>Four.<|eot_id|>"
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    assert template.describe()["stop_token_ids"] == stops
 
 
 def test_chatglm_template_without_end_token_gets_the_tokenizers_own(load):

@@ -191,13 +191,19 @@ class ChatTemplate:
         return self.tokenizer.eos_token if skeleton.append_end else skeleton.literals[-1][: skeleton.answers[-1].end]
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the template: source, how loss is found, what ends a turn."""
+        """Return what a report says of the template: source, how loss is found, what ends a turn.
+
+        ``stop_token_ids`` is where generation must stop: where the model does, and at the end that it is taught,
+        which a base model's own settings do not know.
+        """
         end = self.end_of_turn()
+        end_ids = self._encode_alone(end)
         return {
             "source": self.source,
             "loss": "generation marks" if self.marked else "verified prefixes",
             "end_of_turn": end,
-            "end_token_ids": self._encode_alone(end),
+            "end_token_ids": end_ids,
+            "stop_token_ids": sorted(self.end_ids | set(end_ids[-1:])),
             "end_added": self.skeleton(("user", "assistant")).append_end,
         }
 
