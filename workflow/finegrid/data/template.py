@@ -320,7 +320,7 @@ class ChatTemplate:
             if start >= stop:
                 continue
             first = at(start)
-            if not self.marked and encoding.token_to_chars(first)[0] < start:
+            if not self.marked and first < len(encoding) and encoding.token_to_chars(first)[0] < start:
                 raise RowRefused("answer_starts_inside_a_token")
             taught[first : at(stop - 1) + 1] = True
         ends = bool(taught[contents[-1].stop :].any())
