@@ -366,3 +366,12 @@ def test_memory_does_not_grow_with_a_json_lines_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
+
+
+def test_rows_split_off_keep_the_name_of_train_when_ids_are_prefixed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": n, **QA[n]} for n in range(10)]))
+    (tmp_path / "b.jsonl").write_bytes(lines([{"id": n, **QA[n]} for n in range(10, 13)] + [{"id": 0, **QA[14]}]))
+    run(tmp_path, train_file="a.jsonl", test_file="b.jsonl", validation_size=3)
+    named = [row["id"] for split in ("train", "validation") for row in rows(tmp_path, split)]
+    assert sorted(named) == sorted(f"train-{n}" for n in range(10))
+    assert [row["id"] for row in rows(tmp_path, "test")] == ["test-10", "test-11", "test-12", "test-0"]
