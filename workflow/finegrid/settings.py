@@ -51,13 +51,17 @@ class Cleaning(Section):
     fix_unicode: bool = Field(True, description="Mend broken Unicode (mojibake) with ftfy.")
     nfc: bool = Field(True, description="Normalise to Unicode NFC.")
     control_characters: bool = Field(True, description="Remove control characters (line breaks and tabs stay).")
-    white_space: bool = Field(True, description="Fold runs of spaces, trim lines and ends, keep line breaks.")
+    white_space: bool = Field(
+        True, description="Fold runs of spaces, trim lines and ends, keep line breaks; code between fences stays."
+    )
     empty: bool = Field(True, description="Reject rows with an empty prompt or an empty answer.")
     min_prompt_chars: int = Field(0, ge=0, description="Reject rows whose prompt (all but the answer) is shorter.")
     max_prompt_chars: int | None = Field(None, ge=1, description="Reject rows whose prompt is longer.")
     min_answer_chars: int = Field(0, ge=0, description="Reject rows whose last assistant message is shorter.")
     max_answer_chars: int | None = Field(None, ge=1, description="Reject rows whose last assistant message is longer.")
-    exact_duplicates: bool = Field(True, description="Within a split, keep the first of rows with equal messages.")
+    exact_duplicates: bool = Field(
+        True, description="Within a split, keep the first of rows with equal messages, case and white space aside."
+    )
     near_duplicates: bool = Field(False, description="Within train, keep the first of near-duplicate rows (MinHash).")
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word 3-grams.")
     leaked_questions: bool = Field(True, description="Reject rows of train whose question is in validation or test.")
@@ -423,10 +427,13 @@ def complete(checked: Mapping[str, Any], project: Path, findings: Findings) -> R
     return RunSettings.model_validate(values)
 
 
-def check_files(settings: RunSettings, project: Path, place: str = "recipe") -> list[str]:
+def check_files(settings: RunSettings, project: Path, place: str = "recipe", made: tuple[str, ...] = ()) -> list[str]:
     """Return one problem for each file or folder that the settings name and that is not there.
 
     Data files, the model's folder, the chat template, and configuration files of DeepSpeed, FSDP and Accelerate.
+
+    Args:
+        made: beginnings of paths that the workflow makes itself, the demo's: they need not be there yet.
     """
     findings = Findings(place)
     data, model = settings.data_config, settings.model
@@ -440,7 +447,9 @@ def check_files(settings: RunSettings, project: Path, place: str = "recipe") -> 
         named += [(f"training_args.{key}", settings.training_args.get(key))]
     for key, value in named:
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str) and not path.startswith("{") and not (project / path).exists():
+            if not isinstance(path, str) or path.startswith(("{", *made)):
+                continue
+            if not (project / path).exists():
                 findings.problem(key, f"there is no '{path}'; expected it relative to the project folder")
     return findings.problems
 
