@@ -63,7 +63,7 @@ def test_what_was_not_measured_has_no_macro(study: Path, tmp_path: Path):
     write_numbers(study, tmp_path / "numbers.tex")
 
     found = macros(tmp_path / "numbers.tex")
-    assert "syntheticBasePeakMemoryGb" not in found
+    assert "syntheticBasePeakMemoryGib" not in found
     assert "syntheticFullDifference" not in found  # the baseline
     assert not any("nan" in value.lower() for value in found.values())
 

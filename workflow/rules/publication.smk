@@ -39,7 +39,12 @@ rule study_tables:
         metrics=all_metrics,
         summaries=all_summaries,
     output:
-        [f"results/{{study}}/tables/{name}" for name in TABLES],
+        report(
+            "results/{study}/tables/arms.csv",
+            caption="../report/table.rst",
+            category="Tables",
+        ),
+        [f"results/{{study}}/tables/{name}" for name in TABLES if name != "arms.csv"],
     log:
         "logs/tables/{study}.log",
     localrule: True
@@ -64,7 +69,11 @@ rule study_report:
         figures=study_figures,
         tables=study_tables,
     output:
-        "results/{study}/report.html",
+        report(
+            "results/{study}/report.html",
+            caption="../report/report.rst",
+            category="Report",
+        ),
     log:
         "logs/report/{study}.log",
     localrule: True

@@ -135,7 +135,7 @@ def _costs(results: Results, arm: str) -> dict[str, str | None]:
     planned = results.planned(runs[0])
     summary = results.training.get(runs[0], {})
     values = {
-        "PeakMemoryGb": _decimal(row["peak_memory_mb"] / 1000, 1),
+        "PeakMemoryGib": _decimal(row["peak_memory_mb"] / 1024, 1),
         "TrainSeconds": _decimal(row["train_seconds"], 0),
         "TrainMinutes": _decimal(row["train_seconds"] / 60, 1),
         "TokensPerSecond": _decimal(row["tokens_per_second"], 0),

@@ -158,7 +158,7 @@ def _setting_rows(results: Results, differing: dict[str, dict[str, str]]) -> lis
 def _costs(results: Results, arm: str) -> dict[str, str]:
     row = results.arms.loc[arm]
     return {
-        "Memory (GB)": decimal(row["peak_memory_mb"] / 1000, 1),
+        "Memory (GiB)": decimal(row["peak_memory_mb"] / 1024, 1),
         "Time (min)": decimal(row["train_seconds"] / 60, 1),
         "Tokens/s": decimal(row["tokens_per_second"], 0),
         "Trainable (M)": decimal(row["trainable_parameters"] / 1e6, 2),
