@@ -21,6 +21,9 @@ include: "workflow/rules/analysis.smk"
 include: "workflow/rules/publication.smk"
 
 
+study_of(config["study"])  # a mistake in it is told now
+
+
 report: "workflow/report/workflow.rst"
 
 

@@ -33,7 +33,7 @@ data_config:
   format: columns
   columns: {prompt: question, answer: answer, id: id}
 max_input_length: 64
-max_output_length: 48
+max_output_length: 96
 training_args:
   max_steps: 4
   learning_rate: 1.0e-2
@@ -85,7 +85,7 @@ class Checkout:
 def raw_rows(source: Path, split: str, count: int) -> list[dict]:
     with gzip.open(source / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    short = [row for row in rows if 40 < len(row["answer"]) < 160]
+    short = [row for row in rows if len(row["answer"]) < 300]
     return short[:count]
 
 

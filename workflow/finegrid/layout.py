@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finegrid.errors import UserError, nearest
+
 if TYPE_CHECKING:
     from finegrid.settings import ModelSettings
     from finegrid.study import Run
@@ -14,11 +16,21 @@ MODELS = Path("data/models")
 CLEAN = Path("data/clean")
 TOKENS = Path("data/tokens")
 RESULTS = Path("results")
+DEMO_MODEL = "data/models/SmolLM2-135M-Instruct"
+DEMO_DATA = "data/raw/insuranceqa"
 
 
 def study_file(study: str) -> Path:
-    """Return the file of a study: a name in ``config/studies`` (`insurance`), or a path as it is."""
-    return Path(study) if study.endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
+    """Return the file of a study: a name in ``config/studies`` (`insurance`), or a path as it is.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(study) if study.endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in STUDIES.glob("*.yaml"))
+        raise UserError(f"study '{study}': there is no {path}{nearest(study, known)}; there are {', '.join(known)}")
+    return path
 
 
 def model_name(model: ModelSettings) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finegrid import layout
+from finegrid.errors import UserError
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
@@ -57,7 +58,7 @@ def make_plan(study: Study, project: Path) -> dict:
     for run in study.all_runs:
         folder = layout.tokens_folder(run)
         if folder.name not in reports:
-            reports[folder.name] = json.loads((project / folder / "report.json").read_text(encoding="utf-8"))
+            reports[folder.name] = _report(project / folder / "report.json", study.name)
         tokens = reports[folder.name]["splits"]["train"]
         facts = training_arithmetic(run.settings, tokens) if run.method != "base" else {}
         runs += [_entry(run, arm) | facts for arm in run.arms]
@@ -193,6 +194,12 @@ def print_plan(path: Path) -> None:
     console.print(table)
     for finding in plan["findings"]:
         console.print(f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}")
+
+
+def _report(path: Path, study: str) -> dict:
+    if not path.exists():
+        raise UserError(f"{path}: not there yet; `snakemake --config study={study} plan` makes it first")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _entry(run: Run, arm: str) -> dict:

@@ -1,6 +1,7 @@
 # What all rules share: the studies, where a run's files lie, and the fingerprints of the stages' code.
 import functools
 import shlex
+import sys
 from pathlib import Path
 
 from finegrid import layout
@@ -8,6 +9,7 @@ from finegrid.errors import UserError
 from finegrid.figures import FIGURES
 from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.plan import memory_estimate, plan_settings
+from finegrid.settings import check_files
 from finegrid.study import load_study
 from snakemake.exceptions import WorkflowError
 
@@ -39,11 +41,26 @@ wildcard_constraints:
 
 @functools.cache
 def study_of(name):
-    """The study of that name; its mistakes end snakemake with their message alone."""
+    """The study of that name.
+
+    Its mistakes, and files that it names and that are not there, end snakemake before anything runs.
+    """
+    made = (layout.DEMO_MODEL, layout.DEMO_DATA)
     try:
-        return load_study(layout.study_file(name), Path.cwd())
+        study = load_study(layout.study_file(name), Path.cwd())
+        place = study.path.as_posix()
+        missing = unique(
+            problem
+            for run in study.runs
+            for problem in check_files(run.settings, Path.cwd(), place, made)
+        )
+        if missing:
+            raise UserError(*missing)
     except UserError as error:
-        raise WorkflowError("\n".join(error.problems))
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
+    return study
 
 
 def run_of(wildcards):
@@ -51,7 +68,7 @@ def run_of(wildcards):
     try:
         return study_of(wildcards.study).run(wildcards.run)
     except UserError as error:
-        raise WorkflowError("\n".join(error.problems))
+        raise WorkflowError(str(error))
 
 
 def studies():
@@ -158,6 +175,11 @@ def clean_splits(wildcards):
     ]
 
 
+def chat_template(wildcards):
+    template = shared("tokens", wildcards.tokens).settings.model.chat_template
+    return [template] if template else []
+
+
 def tokens_manifest(wildcards):
     return manifest(shared("tokens", wildcards.tokens))
 
@@ -186,6 +208,17 @@ def training_settings(wildcards):
 
 def training_tokens(wildcards):
     return token_files(run_of(wildcards), "train", "validation")
+
+
+def training_configs(wildcards):
+    """Files that the settings name, such as DeepSpeed's: the run's id holds their path alone."""
+    named = [
+        run_of(wildcards).settings.training_args.get(key)
+        for key in ("deepspeed", "fsdp_config")
+    ]
+    return [
+        path for path in named if isinstance(path, str) and not path.startswith("{")
+    ]
 
 
 def run_manifest(wildcards):

@@ -4,7 +4,7 @@
 rule demo_model:
     output:
         expand(
-            "data/models/SmolLM2-135M-Instruct/{file}",
+            f"{layout.DEMO_MODEL}/{{file}}",
             file=[
                 "config.json",
                 "generation_config.json",
@@ -21,12 +21,12 @@ rule demo_model:
     message:
         "Convert the demo's base model."
     shell:
-        "finegrid demo-model data/models/SmolLM2-135M-Instruct --log {log}"
+        f"finegrid demo-model {layout.DEMO_MODEL} --log {{log}}"
 
 
 rule demo_data:
     output:
-        expand("data/raw/insuranceqa/{split}.jsonl.gz", split=SPLITS),
+        expand(f"{layout.DEMO_DATA}/{{split}}.jsonl.gz", split=SPLITS),
     log:
         "logs/demo_data/insuranceqa.log",
     conda:
@@ -34,7 +34,7 @@ rule demo_data:
     message:
         "Write the demo's data set."
     shell:
-        "finegrid demo-data data/raw/insuranceqa --log {log}"
+        f"finegrid demo-data {layout.DEMO_DATA} --log {{log}}"
 
 
 rule model:
@@ -104,6 +104,7 @@ rule tokenise:
     input:
         clean=clean_splits,
         model=tokens_manifest,
+        template=chat_template,
     output:
         expand("data/tokens/{{tokens}}/{split}.arrow", split=SPLITS),
         dropped="data/tokens/{tokens}/dropped.jsonl",

@@ -28,6 +28,7 @@ rule train_adapter:
         study=study_files,
         tokens=training_tokens,
         model=run_manifest,
+        configs=training_configs,
     output:
         weights=directory("results/{study}/runs/{run}/adapter"),
         history="results/{study}/history/{run}.csv",
