@@ -247,7 +247,7 @@ def test_qlora_trains_on_the_cpu_and_its_adapter_loads(tokens, tiny_model_dir, t
 
 
 def test_bf16_is_honoured_on_the_cpu_with_float32_weights(tokens, tiny_model_dir, tmp_path):
-    half = run(recipe(bf16=True), tokens, tiny_model_dir, tmp_path / "half")
+    half = run(recipe(bf16=True, use_cpu=None), tokens, tiny_model_dir, tmp_path / "half")
     single = run(recipe(), tokens, tiny_model_dir, tmp_path / "single")
     assert (half["dtype"], half["compute_dtype"]) == ("float32", "bfloat16")
     assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "half", "model.safetensors").values())
@@ -272,6 +272,27 @@ def test_neftune_and_other_optimisers_pass_through(tokens, tiny_model_dir, tmp_p
     losses = {name: [row["loss"] for row in read_history(tmp_path / name)] for name in ("plain", "noise", "adafactor")}
     assert losses["plain"][1] == losses["adafactor"][1] != losses["noise"][1]
     assert losses["plain"][3] != losses["adafactor"][3]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"auto_find_batch_size": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1},
+        {"label_smoothing_factor": 0.1},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"},
+        {"save_strategy": "steps", "save_steps": 1, "save_only_model": True},
+        {"max_steps": -1, "num_train_epochs": 1},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_of_the_library_pass_through(tokens, tiny_model_dir, tmp_path, option):
+    result = run(recipe(LORA, **option), tokens, tiny_model_dir, tmp_path)
+    assert result["steps"] == (3 if "num_train_epochs" in option else 6)
+    assert result["final_eval_loss"] != result["base_eval_loss"]
+    steps = [row["step"] for row in read_history(tmp_path) if row["loss"]]
+    assert steps == ([3, 6] if "logging_strategy" in option else list(range(1, result["steps"] + 1)))
 
 
 def test_the_best_weights_are_kept_if_the_recipe_says_so(tokens, tiny_model_dir, tmp_path):
@@ -310,7 +331,25 @@ def stop_at(step: int):
     return progress
 
 
+# Three steps are an epoch: checkpoints of every third lie between two epochs, those of every fourth inside one.
 CHECKPOINTED = {"max_steps": 10, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tokens, tiny_model_dir, tmp_path_factory):
+    """Return the folder and summary of a run of these settings that nothing stopped; made once for each settings."""
+    made: dict[str, tuple[Path, dict]] = {}
+
+    def get(settings: RunSettings) -> tuple[Path, dict]:
+        key = settings.model_dump_json()
+        if key not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            made[key] = folder, run(settings, tokens, tiny_model_dir, folder)
+        return made[key]
+
+    return get
+
+
 KILLED = """
 import json, os, signal, sys
 import torch
@@ -333,42 +372,44 @@ train(RunSettings(**json.loads(settings)), Path(tokens), Path(model), folder / "
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tokens, tiny_model_dir, tmp_path):
-    settings = recipe(LORA, **CHECKPOINTED, logging_steps=4)
-    undisturbed = run(settings, tokens, tiny_model_dir, tmp_path / "undisturbed")
-    arguments = [settings.model_dump_json(), tokens, tiny_model_dir, tmp_path / "killed", 8, torch.get_num_threads()]
+def test_a_killed_run_goes_on_to_the_same_bits(tokens, tiny_model_dir, tmp_path, undisturbed):
+    settings = recipe(LORA, **CHECKPOINTED | {"save_steps": 4, "logging_steps": 3})
+    expected, summary = undisturbed(settings)
+    arguments = [settings.model_dump_json(), tokens, tiny_model_dir, tmp_path / "killed", 7, torch.get_num_threads()]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not (tmp_path / "killed/adapter").exists()
     assert not (tmp_path / "killed/history.csv").exists()
     resumed = run(settings, tokens, tiny_model_dir, tmp_path / "killed")
-    assert resumed["resumed_from"] == 6
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "undisturbed")
-    assert_equal_weights(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed"))
+    assert resumed["resumed_from"] == 4
+    assert numbers(tmp_path / "killed") == numbers(expected)
+    assert_equal_weights(weights(tmp_path / "killed"), weights(expected))
     for key in ("label_tokens", "tokens", "train_loss", "base_eval_loss", "final_eval_loss", "best_eval_loss", "steps"):
-        assert resumed[key] == undisturbed[key], key
+        assert resumed[key] == summary[key], key
     seconds = [row["seconds"] for row in read_history(tmp_path / "killed")]
     assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize(
-    ("stop", "resumed_from"), [(5, 3), (9, 6), (10, 9)], ids=["mid-epoch", "before a save", "at the last step"]
+    ("save_steps", "stop", "resumed_from"), [(4, 6, 4), (3, 5, 3), (3, 10, 9)], ids=["inside", "between", "at the end"]
 )
-def test_a_stopped_full_run_goes_on_to_the_same_bits(tokens, tiny_model_dir, tmp_path, stop, resumed_from):
-    settings = recipe(**CHECKPOINTED)
-    run(settings, tokens, tiny_model_dir, tmp_path / "undisturbed")
+def test_a_stopped_full_run_goes_on_to_the_same_bits(
+    tokens, tiny_model_dir, tmp_path, undisturbed, save_steps, stop, resumed_from
+):
+    settings = recipe(**CHECKPOINTED | {"save_steps": save_steps})
+    expected, _ = undisturbed(settings)
     with pytest.raises(Stopped):
         run(settings, tokens, tiny_model_dir, tmp_path / "stopped", stop_at(stop))
     resumed = run(settings, tokens, tiny_model_dir, tmp_path / "stopped")
     assert resumed["resumed_from"] == resumed_from
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "undisturbed")
+    assert numbers(tmp_path / "stopped") == numbers(expected)
     name = "model.safetensors"
-    assert_equal_weights(weights(tmp_path / "stopped", name), weights(tmp_path / "undisturbed", name))
+    assert_equal_weights(weights(tmp_path / "stopped", name), weights(expected, name))
 
 
-def test_a_run_stopped_after_its_last_step_only_finishes(tokens, tiny_model_dir, tmp_path):
+def test_a_run_stopped_after_its_last_step_only_finishes(tokens, tiny_model_dir, tmp_path, undisturbed):
     settings = recipe(LORA, **CHECKPOINTED | {"save_steps": 5, "eval_strategy": "no"})
-    run(settings, tokens, tiny_model_dir, tmp_path / "undisturbed")
+    expected, _ = undisturbed(settings)
 
     def at_the_final_evaluation(line: str) -> None:
         if line.startswith("step 10/10 · validation"):
@@ -378,14 +419,14 @@ def test_a_run_stopped_after_its_last_step_only_finishes(tokens, tiny_model_dir,
         run(settings, tokens, tiny_model_dir, tmp_path / "stopped", at_the_final_evaluation)
     resumed = run(settings, tokens, tiny_model_dir, tmp_path / "stopped")
     assert resumed["resumed_from"] == 10
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "undisturbed")
-    assert_equal_weights(weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed"))
+    assert numbers(tmp_path / "stopped") == numbers(expected)
+    assert_equal_weights(weights(tmp_path / "stopped"), weights(expected))
 
 
 @pytest.mark.parametrize("damage", ["cut state", "no state", "empty weights", "no optimiser"])
-def test_a_half_written_checkpoint_is_passed_over(tokens, tiny_model_dir, tmp_path, damage):
+def test_a_half_written_checkpoint_is_passed_over(tokens, tiny_model_dir, tmp_path, undisturbed, damage):
     settings = recipe(LORA, **CHECKPOINTED)
-    run(settings, tokens, tiny_model_dir, tmp_path / "undisturbed")
+    expected, _ = undisturbed(settings)
     with pytest.raises(Stopped):
         run(settings, tokens, tiny_model_dir, tmp_path / "stopped", stop_at(8))
     last = tmp_path / "stopped/scratch/run/checkpoint-6"
@@ -400,8 +441,8 @@ def test_a_half_written_checkpoint_is_passed_over(tokens, tiny_model_dir, tmp_pa
         (last / "optimizer.pt").unlink()
     resumed = run(settings, tokens, tiny_model_dir, tmp_path / "stopped")
     assert resumed["resumed_from"] == 3
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "undisturbed")
-    assert_equal_weights(weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed"))
+    assert numbers(tmp_path / "stopped") == numbers(expected)
+    assert_equal_weights(weights(tmp_path / "stopped"), weights(expected))
 
 
 def test_checkpoints_of_other_settings_or_data_are_not_resumed(tokens, tiny_model_dir, tmp_path):
@@ -472,8 +513,9 @@ def test_missing_tokens_are_an_error(tiny_model_dir, tmp_path):
         (recipe(LORA, metric_for_best_model="rouge"), "metric_for_best_model: 'rouge'"),
         (recipe({"target_modules": ["nonesuch"]}), "peft_config: does not fit the model"),
         (recipe({"peft_type": "LORRA"}), "did you mean 'LORA'"),
+        (recipe(None, NF4), "quantised weights can't be trained"),
     ],
-    ids=["deepspeed", "bf16 and fp16", "metric", "target modules", "peft type"],
+    ids=["deepspeed", "bf16 and fp16", "metric", "target modules", "peft type", "full nf4"],
 )
 def test_what_the_libraries_refuse_is_said_with_its_place(tokens, tiny_model_dir, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):

@@ -86,7 +86,14 @@ def train(
     if not len(rows):
         raise UserError(f"{tokens / 'train.arrow'}: no rows to train on; expected at least one")
 
+    if settings.quantization_config and settings.peft_config is None:
+        raise UserError("quantization_config: quantised weights can't be trained; add a peft_config, or remove it")
+
     notes: list[str] = []
+    if settings.peft_config is None and settings.model.dtype != "float32":
+        notes.append(
+            f"weights in {settings.model.dtype} lose small updates to rounding; float32 with bf16 compute doesn't"
+        )
     args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes)
     identity = _identity(settings, tokens, model)
     with args.main_process_first(desc="look for checkpoints"):
@@ -134,6 +141,8 @@ def training_arguments(
             "start this command as `torchrun --nproc-per-node 1 -m finegrid.cli train …`"
         )
     values |= OURS | {"output_dir": str(checkpoints)}
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else transformers refuses bf16, which the CPU can do
     values.setdefault("run_name", checkpoints.name)
     values.setdefault("report_to", "none")
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
