@@ -157,15 +157,17 @@ def corpus_chrf(statistics: Iterable[Sequence[int]]) -> float:
 
 
 def signatures(languages: Sequence[str]) -> dict[str, object]:
-    """Return what makes scores comparable: library versions, options, and how many examples were split which way."""
+    """Return what makes scores comparable: for each metric its options and library version, `languages` (examples split
+    which way) and, where it was used, jieba's version."""
     corpus = corpus_tokenizer(languages)
     sentence = sorted({_BLEU_TOKENIZERS[language] for language in languages})
-    rouge = {"en": "default", "zh": "jieba", "other": "unicode-words"}
+    words = "en:squad-v1.1|zh:nfkc+cmrc2018-characters|other:unicode-words"
+    tokenizers = {"en": "default", "zh": "jieba", "other": "unicode-words"}
+    rouge = "+".join(tokenizers[name] for name in sorted(set(languages)))
     found = {
-        "exact_match, f1": "en:squad-v1.1|zh:nfkc+cmrc2018-characters|other:unicode-words",
-        "rouge1, rouge2, rougeL": f"fmeasure|stemmer:no|tok:{'+'.join(rouge[name] for name in sorted(set(languages)))}"
-        f"|version:{metadata.version('rouge-score')}",
-        "bleu": [_signature(_bleu(tokenizer, effective_order=True)) for tokenizer in sentence],
+        **dict.fromkeys(("exact_match", "f1"), words),
+        **dict.fromkeys(_ROUGE, f"fmeasure|stemmer:no|tok:{rouge}|version:{metadata.version('rouge-score')}"),
+        "bleu": " and ".join(_signature(_bleu(tokenizer, effective_order=True)) for tokenizer in sentence),
         "chrf": _signature(_chrf()),
         "corpus_bleu": _signature(_bleu(corpus, effective_order=False)),
         "corpus_chrf": _signature(_chrf()),
