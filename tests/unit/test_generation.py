@@ -161,3 +161,17 @@ def test_progress_counts_answers(model, tokenizer):
 def test_settings_that_cannot_be_used_are_the_users_error(options, place):
     with pytest.raises(UserError, match=place):
         generation_config(options, 8, [2], PAD)
+
+
+@pytest.mark.slow
+def test_real_model_answers_the_same_in_every_batch(smollm2_dir, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir).eval()
+    questions = ["Does Medicare cover eye exams?", "Is term life insurance worth it at my age?", "What is an SR22?"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        for text in questions
+    ]
+    config = generation_config({}, 16, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    together, _ = generate_answers(model, tokenizer, prompts, config, 3)
+    assert together == generate_answers(model, tokenizer, prompts, config, 1)[0]
+    assert all(len(answer.split()) > 3 for answer in together)
