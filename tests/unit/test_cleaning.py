@@ -6,9 +6,13 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 import unicodedata
 from pathlib import Path
 
+import psutil
 import pytest
 from finegrid.data.cleaning import clean
 from finegrid.data.duplicates import jaccard, shingles
@@ -397,6 +401,40 @@ def test_every_row_is_kept_or_rejected_once(tmp_path):
     counts = report["rows"]["train"]
     assert (counts["out"], counts["rejected"] + counts["not_sampled"]) == (len(kept), len(rejected))
     assert sum(step["rejected"] for step in report["steps"]["train"].values()) == counts["rejected"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from finegrid.data import mending
+from finegrid.data.cleaning import clean
+from finegrid.settings import RunSettings
+
+mending.PIECE_BYTES = 2_000
+settings = RunSettings.model_validate(
+    {"model": {"model_name_or_path": "m"}, "data_config": {"num_proc": 2, "limits": {"dropped": 1.0, "leaked": 1000}}}
+)
+folder = Path(sys.argv[1])
+clean(settings, folder / "imported", folder / "killed")
+"""
+
+
+def test_a_killed_run_leaves_no_process_and_nothing_half_written(tmp_path):
+    run(tmp_path, dirty_rows(4_000))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + 60
+    while len(parent.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = parent.children()
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".partial"]
+    clean(settings(), tmp_path / "imported", tmp_path / "killed")
+    for path in (tmp_path / "clean").iterdir():
+        assert path.name == "timing.json" or path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+    assert not (tmp_path / "killed" / ".partial").exists()
 
 
 # ---------------------------------------------------------------- the real data

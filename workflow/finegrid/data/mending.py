@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -217,7 +219,7 @@ def _in_processes(work: Callable, tasks: Sequence, num_proc: int) -> Iterator[An
         return
     # A forked process starts at once; elsewhere a fresh interpreter must import what it needs.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(min(num_proc, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_proc, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
         waiting: deque = deque()
         for task in tasks:
             waiting.append(pool.submit(work, task))
@@ -225,3 +227,13 @@ def _in_processes(work: Callable, tasks: Sequence, num_proc: int) -> Iterator[An
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed: a worker that waits for tasks would not notice, and stay for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
