@@ -26,6 +26,7 @@ from finegrid.publication.captions import CAPTIONS
 from finegrid.publication.results import (
     METRIC_NAMES,
     NOTHING,
+    PRINTED,
     Results,
     batch_product,
     counted,
@@ -92,7 +93,8 @@ def write_report(study_dir: Path, output: Path) -> None:
         datasets=data_reports(results),
         split_columns=SPLIT_COLUMNS,
         differing=differing,
-        common=common,
+        common={name: value for name, value in common.items() if name in PRINTED},
+        others={name: value for name, value in common.items() if name not in PRINTED},
         training=training_rows(results),
         tuned=tuned_rows(results),
         provenance=provenance(results),

@@ -38,12 +38,22 @@ _SHOWN_OTHERWISE = {
         "gradient_accumulation_steps",
         "max_steps",
         "num_train_epochs",
+        "warmup_steps",
+        "warmup_ratio",
         "seed",
         "data_seed",
         "output_dir",
         "logging_dir",
         "run_name",
     )
+}
+# What the plan worked out of a run's settings and its data.
+PLANNED = {
+    "effective_batch_size": "Effective batch",
+    "steps": "Steps",
+    "warmup_steps": "Warmup steps",
+    "epochs": "Epochs",
+    "label_tokens": "Label tokens",
 }
 SETTING_NAMES = {
     "model.model_name_or_path": "Base model",
@@ -55,8 +65,6 @@ SETTING_NAMES = {
     "training_args.optim": "Optimiser",
     "training_args.learning_rate": "Learning rate",
     "training_args.lr_scheduler_type": "Schedule",
-    "training_args.warmup_steps": "Warmup",
-    "training_args.warmup_ratio": "Warmup (share)",
     "training_args.weight_decay": "Weight decay",
     "training_args.max_grad_norm": "Gradient clipping",
     "training_args.bf16": "bf16",
@@ -73,6 +81,8 @@ SETTING_NAMES = {
     "quantization_config.bnb_4bit_use_double_quant": "Double quantisation",
     "quantization_config.bnb_4bit_compute_dtype": "Compute type",
 }
+# What a paper prints of the settings; all others are in the report.
+PRINTED = {"Method", *PLANNED.values(), *SETTING_NAMES.values()}
 
 
 @dataclass(frozen=True)
@@ -191,8 +201,7 @@ def setting_table(results: Results) -> tuple[dict[str, dict[str, str]], dict[str
     """
     columns = {arm: _arm_settings(results, arm) for arm in results.trained}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    order = ["Method", "Learning rate", "Effective batch", "Steps", "Epochs"]
-    order += ["Label tokens", *SETTING_NAMES.values()]
+    order = list(dict.fromkeys(["Method", "Learning rate", *PLANNED.values(), *SETTING_NAMES.values()]))
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     differing, common = {}, {}
     for name in names:
@@ -207,10 +216,9 @@ def setting_table(results: Results) -> tuple[dict[str, dict[str, str]], dict[str
 def _arm_settings(results: Results, arm: str) -> dict[str, str]:
     run = results.selected_runs(arm)[0]
     planned = results.planned(run)
-    shown = {"Method": planned["method"], "Effective batch": batch_product(planned)}
-    for key, name in (("steps", "Steps"), ("epochs", "Epochs"), ("label_tokens", "Label tokens")):
-        if planned.get(key) is not None:
-            shown[name] = plain(planned[key])
+    shown = {"Method": planned["method"]}
+    shown |= {name: plain(planned[key]) for key, name in PLANNED.items() if planned.get(key) is not None}
+    shown["Effective batch"] = batch_product(planned)
     for key, value in flatten(results.settings.get(run, {})).items():
         if key not in _SHOWN_OTHERWISE and value is not None:
             shown[SETTING_NAMES.get(key, key)] = plain(value)

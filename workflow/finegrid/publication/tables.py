@@ -15,7 +15,7 @@ from finegrid.analysis.compare import LOWER_IS_BETTER
 from finegrid.publication.results import (
     METRIC_NAMES,
     NOTHING,
-    SETTING_NAMES,
+    PRINTED,
     Results,
     counted,
     decimal,
@@ -43,8 +43,6 @@ _LATEX = str.maketrans(
 _HEAD = (
     "% Written by `finegrid tables`; needs \\usepackage{booktabs}. Bold, intervals and verdicts: see the captions.\n"
 )
-# Always in the table of common settings when all arms share them; other shared settings are in the report.
-_PRINTED = {*SETTING_NAMES.values(), "Method", "Effective batch", "Steps", "Epochs", "Label tokens"}
 _BATCH = "Effective batch = batch per device × GPUs × accumulation steps."
 
 _READING = (
@@ -135,7 +133,7 @@ def settings_latex(results: Results) -> str:
     if differing:
         caption = f"Settings that differ between the arms. {_BATCH}"
         parts.append(_latex_table(_setting_rows(results, differing), caption, f"tab:{study}-settings"))
-    if shared := {name: value for name, value in common.items() if name in _PRINTED}:
+    if shared := {name: value for name, value in common.items() if name in PRINTED}:
         rows = [{"Setting": _first(name), "All arms": escape(value)} for name, value in shared.items()]
         parts.append(_latex_table(rows, f"Settings that all arms share. {_BATCH}", f"tab:{study}-common"))
     return "\n".join(parts)
