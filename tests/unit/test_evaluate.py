@@ -208,7 +208,16 @@ def test_answers_do_not_see_the_references(base, model_dir, tmp_path):
     for id in TEST:
         assert found["rows"]["test", id]["prediction"] == base["rows"]["test", id]["prediction"]
         assert found["rows"]["test", id]["reference"] == "No idea."
-    assert found["data"] != base["data"]
+    assert found["data"]["examples"] != base["data"]["examples"]
+    assert found["data"]["tokens"] != base["data"]["tokens"]
+
+
+def test_other_limits_give_other_tokens_of_the_same_examples(base, data, model_dir, tmp_path):
+    settings = recipe().model_copy(update={"max_output_length": LIMIT - 4})
+    tokenise(settings, data[1], model_dir, tmp_path / "tokens")
+    found = run(settings, (tmp_path / "tokens", data[1]), model_dir, tmp_path)
+    assert found["data"]["examples"] == base["data"]["examples"]
+    assert found["data"]["tokens"] != base["data"]["tokens"]
 
 
 def test_answers_start_from_the_templates_prompt_and_stop_at_its_end(base, model_dir):

@@ -99,7 +99,7 @@ def evaluate(
         "run": run,
         "metrics_version": METRICS_VERSION,
         "signatures": scored[settings.evaluation.split].signatures if scored else {},
-        "data": {"tokens": _content_hash(rows)},
+        "data": _content_hashes(rows),
         "splits": {split: _summary(rows[split], scored.get(split)) for split in SPLITS},
         "generation": _generation_facts(new_tokens, clock) if scored else None,
         "seconds": clock.seconds(),
@@ -149,14 +149,25 @@ def _texts(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {"prompt": prompt, "reference": messages[last]["content"]}
 
 
-def _content_hash(rows: dict[str, list[Row]]) -> str:
-    """Return the SHA-256 of the examples: two runs with the same hash were asked and scored on the same."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for row in rows[split]:
-            facts = [split, *(row[key] for key in ("id", "input_ids", "labels", "prompt_length", "reference"))]
-            digest.update(json.dumps(facts, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+def _content_hashes(rows: dict[str, list[Row]]) -> dict[str, str]:
+    """Return SHA-256 of what was asked and expected.
+
+    `tokens` is equal for runs whose losses are comparable example by example; `examples` for runs whose answers are,
+    also where a limit or another tokenizer gave them other tokens.
+    """
+    fields = {
+        "tokens": ("id", "input_ids", "labels", "prompt_length"),
+        "examples": ("id", "prompt", "reference"),
+    }
+    hashes = {}
+    for name, columns in fields.items():
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for row in rows[split]:
+                facts = [split, *(row[column] for column in columns)]
+                digest.update(json.dumps(facts, ensure_ascii=False).encode() + b"\n")
+        hashes[name] = digest.hexdigest()
+    return hashes
 
 
 # ---------------------------------------------------------------- the steps; each adds its columns to the rows
