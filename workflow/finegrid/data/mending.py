@@ -7,19 +7,15 @@ are, so that their number changes no result. A row whose texts need no mending g
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from finegrid.data.leakage import Pairs, taught_turns
+from finegrid.data.processes import in_order, workers
 from finegrid.data.rows import Message, digest, normalise, to_line
 from finegrid.data.texts import TEXT_STEPS
 
@@ -95,8 +91,8 @@ def mend_split(
     """
     mended, begin = Mended(), 0
     work = partial(_mend_piece, source, tuple(steps), sketch)
-    with target.open("wb") as file:
-        for lines, part in _in_processes(work, list(_pieces(source)), num_proc):
+    with target.open("wb") as file, workers(num_proc) as pool:
+        for lines, part in in_order(pool, work, _pieces(source), ahead=2 * num_proc):
             file.write(lines)
             for entry in part.entries:
                 entry.begin, begin = begin, begin + entry.length
@@ -210,30 +206,3 @@ def _pieces(path: Path) -> Iterator[tuple[int, int]]:
             end = min(file.tell(), size)
             yield begin, end
             begin = end
-
-
-def _in_processes(work: Callable, tasks: Sequence, num_proc: int) -> Iterator[Any]:
-    """Yield ``work(task)`` in the tasks' order; a few results at most wait in memory."""
-    if num_proc == 1 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    # A forked process starts at once; elsewhere a fresh interpreter must import what it needs.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(min(num_proc, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
-        waiting: deque = deque()
-        for task in tasks:
-            waiting.append(pool.submit(work, task))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed: a worker that waits for tasks would not notice, and stay for ever."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -20,9 +20,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from finegrid.data.processes import in_order, workers
 from finegrid.data.template import ChatTemplate, RowRefused, Tokens, load_template
 from finegrid.data.truncation import Cut, TooLong, truncate
 from finegrid.errors import UserError
@@ -187,7 +187,7 @@ def _write_splits(
 ) -> dict[str, _Split]:
     splits = {}
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ProcessPoolExecutor(processes)) if processes > 1 else None
+        pool = stack.enter_context(workers(processes))
         dropped = stack.enter_context((folder / "dropped.jsonl").open("w", encoding="utf-8"))
         for name in SPLITS:
             splits[name] = _write_split(name, job, clean / f"{name}.jsonl", folder, dropped, pool, processes, progress)
@@ -202,7 +202,7 @@ def _write_split(name, job, source: Path, folder: Path, dropped, pool, processes
         pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as writer,
     ):
-        for chunk in _in_order(pool, functools.partial(_work, job), _chunks(lines), ahead=2 * processes):
+        for chunk in in_order(pool, functools.partial(_work, job), _chunks(lines), ahead=2 * processes):
             split.add(chunk)
             writer.write_batch(chunk.batch)
             dropped.writelines(_dropped_line(name, reason, line) for reason, line in chunk.dropped)
@@ -217,20 +217,6 @@ def _chunks(lines: Iterable[str]) -> Iterator[list[str]]:
     lines = (line for line in lines if line.strip())
     while chunk := list(islice(lines, CHUNK)):
         yield chunk
-
-
-def _in_order(pool: ProcessPoolExecutor | None, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yield ``function(item)`` in the items' order, with no more than ``ahead`` items read before their turn."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _work(job: _Job, lines: list[str]) -> _Chunk:
