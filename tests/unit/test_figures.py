@@ -269,17 +269,25 @@ def test_one_seed_and_one_arm_are_drawn(tmp_path, name):
     assert_readable(module(name).plot(study)[0])
 
 
-def test_chinese_labels_render_or_the_fallback_is_told(tmp_path):
+def test_chinese_labels_fall_back_and_say_so_where_no_font_has_them(tmp_path, monkeypatch):
     study = make_results(tmp_path, levels=0, examples=12, chinese=True)
-    if style.cjk_font():
-        figure, _ = quality.plot(study)
-        assert any("全参数微调" in text for text, _ in texts(figure))
-        return
-    with pytest.warns(UserWarning, match="no font with Chinese characters is installed.*fonts-noto-cjk"):
+    monkeypatch.setattr(style, "cjk_font", lambda: None)
+    with pytest.warns(UserWarning, match=r"no font with Chinese characters is installed.*fonts-noto-cjk"):
         figure, _ = quality.plot(study)
     drawn = "".join(text for text, _ in texts(figure))
     assert not re.search("[一-鿿]", drawn)
     assert "lora" in drawn
+
+
+@pytest.mark.skipif(style.cjk_font() is None, reason="no font with Chinese characters is installed")
+@pytest.mark.filterwarnings("error:.*missing from font.*")
+def test_chinese_labels_render(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=12, chinese=True)
+    figure, _ = quality.plot(study)
+    assert "全参数微调 0" in [text for text, _ in texts(figure)]
+    assert_readable(figure)
+    style.save(figure, pd.DataFrame(), tmp_path / "quality")
+    assert b"/Type3" not in (tmp_path / "quality.pdf").read_bytes()
 
 
 def test_figures_say_what_is_missing(tmp_path):

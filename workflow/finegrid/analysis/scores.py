@@ -226,21 +226,21 @@ def _same_definition(summary: dict[str, dict]) -> None:
 def _align(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFrame]:
     """Every run's table indexed by id in the first run's order, refused unless all hold the same examples."""
     first, reference = next(iter(tables.items()))
-    ids = set(reference["id"])
+    expected = reference["id"].tolist()
     aligned, problems = {}, []
     for run, table in tables.items():
-        found = table["id"]
-        twice = found[found.duplicated()]
+        found = table["id"].tolist()
+        twice = table["id"][table["id"].duplicated()]
         if len(twice):
             problems.append(f"run {run}: {split} ids given more than once: {_named(twice)}; expected each once")
             continue
-        if lacking := [name for name in reference["id"] if name not in set(found)]:
+        if lacking := _without(expected, found):
             problems.append(f"run {run}: lacks {split} examples that {first} has: {_named(lacking)}")
-        if extra := [name for name in found if name not in ids]:
+        if extra := _without(found, expected):
             problems.append(f"run {run}: has {split} examples that {first} lacks: {_named(extra)}")
         if lacking or extra:
             continue
-        aligned[run] = table.set_index("id").loc[reference["id"]]
+        aligned[run] = table.set_index("id").loc[expected]
     for run, table in aligned.items():
         problems += _differences(run, table, first, aligned[first], split)
     if not len(reference):
@@ -264,6 +264,11 @@ def _differences(run: str, table: pd.DataFrame, first: str, reference: pd.DataFr
         if len(holes):
             problems.append(f"run {run}: {name} is there in {run} or in {first} only for {split}: {_named(holes)}")
     return problems
+
+
+def _without(ids: list[str], others: list[str]) -> list[str]:
+    known = set(others)
+    return [name for name in ids if name not in known]
 
 
 def _named(ids: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from finegrid.figures import style
 from finegrid.figures.style import Study
 
 ROWS = 42  # more arms than fit on a page: the best are shown
+NUMBER = 0.36  # inches: width of a number on an axis
 LETTERS = 26  # of an arm's label in one line
 SEED = {"marker": "o", "markersize": 2.8, "markerfacecolor": "white", "markeredgecolor": "0.15", "markeredgewidth": 0.6}
 SEED["linestyle"] = "none"
@@ -46,12 +47,14 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     left.set_yticks(range(len(arms)), labels)
     left.set(ylim=(len(arms) - 0.4, -0.6), xlabel=style.metric_name(study), title="Estimate")
     left.grid(axis="y", visible=False)
-    for panel in (left, right):
-        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # narrow panels: more or longer ones touch
     right.set_title(title)
     _difference_axis(right, table, arms, study)
     style.legend(figure, _handles(study, table), left_out)
     style.message(figure, _message(study))
+    figure.draw_without_rendering()  # labels and verdicts leave the panels what width they leave
+    for panel in (left, right):
+        width = panel.get_position().width * figure.get_figwidth()
+        panel.xaxis.set_major_locator(MaxNLocator(max(2, int(width / NUMBER)), steps=[1, 2, 5, 10]))
     return figure, table
 
 

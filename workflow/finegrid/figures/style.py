@@ -51,6 +51,7 @@ CJK_FONTS = (
     "Hiragino Sans GB",
     "Arial Unicode MS",
 )
+CJK_FILES = ("cjk", "wqy", "sourcehan", "droidsansfallback", "simhei", "msyh")
 METRIC_NAMES = {
     "loss": "loss",
     "exact_match": "exact match",
@@ -138,8 +139,13 @@ def arm_colours(plan: Plan) -> dict[str, tuple[float, float, float]]:
 @cache
 def cjk_font() -> str | None:
     """Name of an installed font with Chinese characters, or None."""
-    installed = set(font_manager.get_font_names())
-    return next((name for name in CJK_FONTS if name in installed), None)
+    names = set(font_manager.get_font_names())
+    if not names.intersection(CJK_FONTS):  # matplotlib's list may be older than the font
+        for path in sorted(font_manager.findSystemFonts()):
+            if any(part in Path(path).name.lower() for part in CJK_FILES):
+                font_manager.fontManager.addfont(path)
+        names = set(font_manager.get_font_names())
+    return next((name for name in CJK_FONTS if name in names), None)
 
 
 def printable(text: str, fallback: str) -> str:
