@@ -21,7 +21,15 @@ from pathlib import Path
 import psutil
 
 PROJECT = Path(__file__).resolve().parents[2]
-MADE = ["results/insurance", "data/clean", "data/tokens", "data/models", "data/raw/insuranceqa", "scratch", ".snakemake"]
+MADE = (
+    "results/insurance",
+    "data/clean",
+    "data/tokens",
+    "data/models",
+    "data/raw/insuranceqa",
+    "scratch",
+    ".snakemake",
+)
 
 
 def memory(root: psutil.Process) -> int:

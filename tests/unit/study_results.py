@@ -239,7 +239,7 @@ def _metrics(run: str, rows: list[dict]) -> dict:
         "run": run,
         "metrics_version": "1",
         "signatures": signatures,
-        "data": {"tokens": "0c7e91d2" * 4},
+        "data": {"examples": "5b2f6a90" * 4, "tokens": "0c7e91d2" * 4},
         "splits": splits,
         "seconds": {"loss": 11.0, "generate": 42.0},
         "peak_memory_mb": 1400.0,

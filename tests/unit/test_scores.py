@@ -1,4 +1,4 @@
-"""What may be compared: runs on the same examples, tokens and metrics; everything else is refused by name."""
+"""What may be compared: runs on the same examples and metrics; everything else is refused by name."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_an_example_that_is_not_the_same_is_refused(study, change, message):
     [
         ({"metrics_version": "2"}, "metric version 2"),
         ({"signatures": {"bleu": "version:1"}}, "metric libraries"),
-        ({"data": {"tokens": "ffff"}}, "data .*ffff"),
+        ({"data": {"examples": "ffff", "tokens": "ffff"}}, "examples ffff"),
     ],
 )
 def test_other_metrics_or_data_are_refused(study, change, message):
@@ -120,6 +120,17 @@ def test_other_metrics_or_data_are_refused(study, change, message):
     edit(study / "metrics" / f"{run}.json", lambda content: content.update(change))
     with pytest.raises(UserError, match=rf"run {run}: scored with {message}"):
         load(study)
+
+
+def test_runs_of_other_length_limits_keep_their_own_label_tokens(study):
+    run = a_run(study)
+    edit(study / "metrics" / f"{run}.json", lambda content: content["data"].update(tokens="ffff"))
+    rewrite(study, run, lambda rows: [row | {"label_tokens": 7} for row in rows])
+    scores = load(study)
+    assert (scores.label_tokens[scores.rows([run])] == 7).all()
+    assert (scores.label_tokens[scores.rows([scores.runs[0]])] != 7).any()
+    assert not scores.same_tokens(scores.runs)
+    assert scores.same_tokens(other for other in scores.runs if other != run)
 
 
 def test_a_missing_run_is_refused(study):

@@ -68,8 +68,13 @@ def compare(
             f"{plan}: compare.metric: no run has {wanted.metric} on {scores.split}; "
             "expected generated answers (evaluation.generate), or metric: loss"
         )
+    if wanted.metric == "loss" and not scores.same_tokens(scores.runs):
+        raise UserError(
+            f"{plan}: compare.metric: loss can't be compared between runs with other length limits or tokenizers, "
+            "whose losses are means over other tokens; expected a metric of the answers, such as rougeL"
+        )
     levels = {arm.arm: _levels(wanted, arm.arm, scores) for arm in wanted.arms}
-    chosen = {arm: _best(wanted, arm, tried) for arm, tried in levels.items()}
+    chosen = {arm: _best(wanted, arm, tried, scores) for arm, tried in levels.items()}
     _same_seeds(wanted, chosen)
     arms = _arms_table(wanted, chosen, scores, summaries, resamples)
     differences = _comparisons_table(wanted, chosen, scores)
@@ -126,7 +131,7 @@ def _validation(scores: Scores, run: str, metric: str) -> float | None:
     return float("nan") if measured[metric] is None else float(measured[metric])
 
 
-def _best(plan: Plan, arm: str, tried: list[Level]) -> Level:
+def _best(plan: Plan, arm: str, tried: list[Level], scores: Scores) -> Level:
     """The level with the best validation value; the first one where all diverged."""
     if len(tried) == 1:
         return tried[0]
@@ -134,6 +139,11 @@ def _best(plan: Plan, arm: str, tried: list[Level]) -> Level:
         raise UserError(
             f"plan: arm {arm}: {len(tried)} tuned levels, but no run has {plan.select} on validation; "
             "expected a validation split to choose by (data_config.val_file or validation_size)"
+        )
+    if plan.select == "loss" and not scores.same_tokens(run.run for level in tried for run in level.runs):
+        raise UserError(
+            f"plan: arm {arm}: its tuned levels have other length limits, so their validation losses are means over "
+            "other tokens; expected a length limit as a factor rather than under `tune`"
         )
     sign = 1 if plan.select in LOWER_IS_BETTER else -1
     return min(tried, key=lambda level: sign * level.validation if math.isfinite(level.validation) else math.inf)
@@ -202,7 +212,7 @@ def _values(scores: Scores, level: Level, name: str) -> tuple[np.ndarray, np.nda
     """Values (seeds, examples) and the weights of a ratio: the loss is nll over label tokens, over the whole split."""
     rows = scores.rows(run.run for run in level.runs)
     if name == "loss":
-        return scores.nll[rows], scores.label_tokens
+        return scores.nll[rows], scores.label_tokens[rows[0]]
     return scores.values[name][rows], None
 
 
@@ -218,9 +228,12 @@ def _mean_validation_loss(scores: Scores, runs: list[str]) -> float | None:
 
 
 def _comparisons_table(plan: Plan, chosen: dict[str, Level], scores: Scores) -> pd.DataFrame:
-    """Every arm against the baseline: the primary metric, which is the family of Holm's method, then the loss."""
+    """Every arm against the baseline: the primary metric, which is the family of Holm's method, then the loss.
+
+    Losses over other tokens are not compared.
+    """
     tables = []
-    for name in dict.fromkeys([plan.metric, "loss"]):
+    for name in dict.fromkeys([plan.metric, *(["loss"] if scores.same_tokens(scores.runs) else [])]):
         primary = name == plan.metric
         tables.append(_family(plan, chosen, scores, name, plan.margin if primary else None))
     return pd.concat(tables, ignore_index=True)
@@ -275,6 +288,9 @@ def _findings(
                 "compare on a test split (evaluation.split: test)",
             )
         )
+    if not scores.same_tokens(scores.runs):
+        message = "runs with other length limits or tokenizers have losses over other tokens: losses are not compared"
+        found.append(_finding("warning", "loss", message, "read each loss against its own base model's alone"))
     primary = differences[differences["metric"] == plan.metric]
     blind = primary[primary["smallest_detectable_difference"] > (plan.margin or math.inf)]
     if len(blind):

@@ -1,8 +1,8 @@
 """Scores of all runs of a study, aligned by example: what every comparison reads.
 
 Reads `plan.json`, `metrics/<run>.json` and `runs/<run>/predictions.jsonl`. Runs that were not scored on the same
-examples, on the same tokens, by the same version of the metrics are refused here, so that nothing after this
-module can pair what does not belong together.
+examples, by the same version of the metrics, are refused here, so that nothing after this module can pair what does
+not belong together. Runs of other length limits have other tokens: their answers can be compared, their losses not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Scores:
     """Per-example scores of the compared split, aligned: row r is `runs[r]`, column e is `ids[e]`.
 
     `values[m]` has shape (runs, examples) for each score of SCORES that exists; `nll` (runs, examples) holds sums
-    of natural-log losses; `label_tokens` (examples,) is the same for every run.
+    of natural-log losses over `label_tokens` (runs, examples).
     """
 
     split: str
@@ -86,10 +86,14 @@ class Scores:
         position = {run: row for row, run in enumerate(self.runs)}
         return [position[run] for run in runs]
 
+    def same_tokens(self, runs: Iterable[str]) -> bool:
+        """Whether the runs were scored on the same tokens, so that their losses can be compared."""
+        return len({self.metrics[run]["data"]["tokens"] for run in runs}) == 1
+
     def frame(self) -> pd.DataFrame:
         """The scores as a tidy table: run, id, nll, label_tokens and one column a score."""
         table = {"run": np.repeat(self.runs, len(self.ids)), "id": self.ids * len(self.runs), "nll": self.nll.ravel()}
-        table["label_tokens"] = np.tile(self.label_tokens, len(self.runs))
+        table["label_tokens"] = self.label_tokens.ravel()
         return pd.DataFrame(table | {name: values.ravel() for name, values in self.values.items()})
 
 
@@ -138,8 +142,8 @@ def load_scores(plan: Plan, metrics: list[Path], predictions: list[Path]) -> Sco
         predictions: `runs/<run>/predictions.jsonl` of every run.
 
     Raises:
-        UserError: a run's file is missing or broken, or runs differ in examples, references, label tokens, data or
-            metric version; every problem names the run and up to five ids.
+        UserError: a run's file is missing or broken, or runs differ in examples, references or metric
+            version; every problem names the run and up to five ids.
     """
     wanted = list(dict.fromkeys(run.run for run in plan.runs))
     described = {path.stem: path for path in metrics}
@@ -153,7 +157,8 @@ def load_scores(plan: Plan, metrics: list[Path], predictions: list[Path]) -> Sco
     tables = {run: _read_predictions(written[run]) for run in wanted}
     splits = {str(split) for table in tables.values() for split in table["split"].unique()}
     split = "test" if "test" in splits else "validation"
-    aligned = _align({run: table[table["split"] == split] for run, table in tables.items()}, split)
+    tokens = {run: summary[run]["data"]["tokens"] for run in wanted}
+    aligned = _align({run: table[table["split"] == split] for run, table in tables.items()}, split, tokens)
     first = aligned[wanted[0]]
     values = {}
     for name in SCORES:
@@ -166,7 +171,7 @@ def load_scores(plan: Plan, metrics: list[Path], predictions: list[Path]) -> Sco
         runs=wanted,
         values=values,
         nll=np.stack([table["nll"].to_numpy(float) for table in aligned.values()]),
-        label_tokens=first["label_tokens"].to_numpy(float),
+        label_tokens=np.stack([table["label_tokens"].to_numpy(float) for table in aligned.values()]),
         metrics=summary,
     )
 
@@ -213,17 +218,23 @@ def _same_definition(summary: dict[str, dict]) -> None:
     first, reference = next(iter(summary.items()))
     problems = []
     for run, content in summary.items():
-        for key, what in (("metrics_version", "metric version"), ("signatures", "metric libraries"), ("data", "data")):
-            if content.get(key) != reference.get(key):
-                problems.append(
-                    f"run {run}: scored with {what} {content.get(key)}, but {first} with {reference.get(key)}; "
-                    "expected the same for all runs of a comparison: evaluate again"
-                )
+        for what, key in (("metric version", "metrics_version"), ("metric libraries", "signatures")):
+            problems += _unequal(what, run, content.get(key), first, reference.get(key))
+        problems += _unequal("examples", run, content["data"]["examples"], first, reference["data"]["examples"])
     if problems:
         raise UserError(*problems)
 
 
-def _align(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFrame]:
+def _unequal(what: str, run: str, value: object, first: str, expected: object) -> list[str]:
+    if value == expected:
+        return []
+    return [
+        f"run {run}: scored with {what} {value}, but {first} with {expected}; "
+        "expected the same for all runs of a comparison: evaluate again"
+    ]
+
+
+def _align(tables: dict[str, pd.DataFrame], split: str, tokens: dict[str, str]) -> dict[str, pd.DataFrame]:
     """Every run's table indexed by id in the first run's order, refused unless all hold the same examples."""
     first, reference = next(iter(tables.items()))
     expected = reference["id"].tolist()
@@ -242,7 +253,8 @@ def _align(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFram
             continue
         aligned[run] = table.set_index("id").loc[expected]
     for run, table in aligned.items():
-        problems += _differences(run, table, first, aligned[first], split)
+        same_tokens = tokens[run] == tokens[first]
+        problems += _differences(run, table, first, aligned[first], split, same_tokens)
     if not len(reference):
         problems.append(f"run {first}: no example of split {split}; expected at least 2")
     elif len(reference) < 2:
@@ -252,9 +264,12 @@ def _align(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFram
     return aligned
 
 
-def _differences(run: str, table: pd.DataFrame, first: str, reference: pd.DataFrame, split: str) -> list[str]:
+def _differences(
+    run: str, table: pd.DataFrame, first: str, reference: pd.DataFrame, split: str, same_tokens: bool
+) -> list[str]:
     problems = []
-    for column, what in (("reference", "reference answers"), ("label_tokens", "label tokens")):
+    fixed = {"reference": "reference answers"} | ({"label_tokens": "label tokens"} if same_tokens else {})
+    for column, what in fixed.items():
         different = table.index[table[column].to_numpy() != reference[column].to_numpy()]
         if len(different):
             problems.append(f"run {run}: other {what} than {first} in {split}: {_named(different)}; expected the same")
