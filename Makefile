@@ -25,7 +25,7 @@ demo: .venv/demo.done
 	finegrid check $(STUDY)
 
 test: .venv/demo.done .venv/test.done
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(CORES) --dist loadfile
 
 lint: .venv/test.done
 	ruff check .

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from finegrid import layout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,9 +26,11 @@ def smollm2_dir() -> Path:
     """The real base model, converted once into data/models/."""
     from finegrid.data.demo import convert_model
 
-    folder = PROJECT / "data/models/SmolLM2-135M-Instruct"
-    if not (folder / "model.safetensors").exists():
-        convert_model(folder)
+    folder = PROJECT / layout.DEMO_MODEL
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # tests run in several processes
+        if not (folder / "model.safetensors").exists():
+            convert_model(folder)
     return folder
 
 
@@ -35,9 +39,11 @@ def insuranceqa_dir() -> Path:
     """The demo's raw files, made once into data/raw/insuranceqa/."""
     from finegrid.data.demo import export_insuranceqa
 
-    folder = PROJECT / "data/raw/insuranceqa"
-    if not (folder / "train.jsonl.gz").exists():
-        export_insuranceqa(folder)
+    folder = PROJECT / layout.DEMO_DATA
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "test.jsonl.gz").exists():
+            export_insuranceqa(folder)
     return folder
 
 
