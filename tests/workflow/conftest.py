@@ -101,7 +101,7 @@ def finished(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Chec
             shutil.copy(project / name, folder / name)
     shutil.copytree(tiny_model_dir, folder / "data/models/tiny")
     (folder / "data/raw/tiny").mkdir(parents=True)
-    for split, count in {"train": 24, "validation": 8, "test": 8}.items():
+    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
         lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
         (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
     (folder / "config/studies/tiny.yaml").write_text(STUDY)

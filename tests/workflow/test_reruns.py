@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from finegrid.figures import FIGURES as FIGURE_NAMES
 
 pytestmark = pytest.mark.slow
 
-FIGURES = 5
+FIGURES = len(FIGURE_NAMES)
 AFTER_EVALUATION = {"compare": 1, "figure": FIGURES, "study_tables": 1, "study_report": 1}
 
 
@@ -112,13 +115,11 @@ def test_changed_row_of_raw_data_reruns_everything_after_it(checkout):
     }
 
 
-def test_lost_adapter_is_trained_again_alone(checkout):
+def test_lost_adapter_is_trained_again_alone_when_it_is_asked_for(checkout):
     run = next((checkout.folder / "results/tiny/runs").glob("lora-*"))
-    for path in (run / "adapter").iterdir():
-        path.unlink()
-    (run / "adapter").rmdir()
-    pending = checkout.pending()
-    assert (pending["train_adapter"], pending.get("train_model", 0)) == (1, 0)
+    shutil.rmtree(run / "adapter")
+    assert checkout.pending() == {}  # scores and figures are there, and rest on nothing that changed
+    assert checkout.pending(f"results/tiny/runs/{run.name}/adapter") == {"train_adapter": 1}
 
 
 def test_single_targets_work(checkout):
@@ -128,3 +129,58 @@ def test_single_targets_work(checkout):
     assert checkout.pending(f"results/tiny/metrics/{run}.json") == {}
     assert checkout.pending("figures") == {"figures": 1, "figure": FIGURES}
     assert "full-" in checkout.snakemake("plan").stdout
+
+
+# ---------------------------------------------------------------- what the finished study left behind
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_training_did_what_the_plan_said(finished):
+    results = finished.folder / "results/tiny"
+    planned = {run["run"]: run for run in read(results / "plan.json")["runs"] if run["train"]}
+    assert len(planned) == 4
+    for name, run in planned.items():
+        summary = read(results / f"training/{name}.json")
+        for key in ("steps", "epochs", "effective_batch_size", "label_tokens"):
+            assert run[key] == summary[key], key
+
+
+def test_provenance_holds_the_hashes_of_what_a_run_read(finished):
+    results = finished.folder / "results/tiny"
+    for path in (results / "provenance").glob("*.json"):
+        record = read(path)
+        for entry in record["inputs"].values():
+            content = (finished.folder / entry["file"]).read_bytes()
+            assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert record["settings_hash"] == path.stem.rpartition("-")[2]
+        assert record["packages"]["torch"]
+
+
+def test_every_promised_file_is_there_and_names_no_machine(finished):
+    results = finished.folder / "results/tiny"
+    names = {path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in FIGURE_NAMES for kind in ("pdf", "png", "csv", "json")}
+    assert figures | {"report.html", "plan.tsv", "tables/arms.tex", "tables/numbers.tex"} <= names
+    for path in results.rglob("*"):
+        if path.suffix in (".json", ".tsv", ".csv", ".html", ".tex", ".md"):
+            assert str(finished.folder) not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_mistake_in_the_study_ends_snakemake_with_its_message_alone(checkout):
+    checkout.edit("config/studies/tiny.yaml", "peft_config.r: 4", "peft_config.rr: 4")
+    done = checkout.snakemake("--dry-run", check=False)
+    assert done.returncode == 1
+    assert "factors.method.lora.peft_config.rr" in done.stderr
+    assert "did you mean" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_data_limit_stops_the_stage_and_says_what_to_change(checkout):
+    checkout.edit("config/recipes/tiny.yaml", "max_output_length: 96", "max_output_length: 24")
+    done = checkout.snakemake(check=False)
+    assert done.returncode == 1
+    assert "limits.truncated_answers" in done.stderr
+    assert not list((checkout.folder / "data/tokens").glob("*/train.arrow.part"))

@@ -621,7 +621,7 @@ def _base_runs(runs: tuple[Run, ...], arms: tuple[Arm, ...]) -> tuple[tuple[Run,
         base_runs.append(
             replace(first, id=base_id, method="base", arms=(name,), tuned={}, seed=None, settings=settings)
         )
-        label = f"Untrained{name.removeprefix('base')}"
+        label = f"Base model{name.removeprefix('base')}"
         base_arms.append(Arm(name=name, label=label, factors={}, base=base_id, runs=(base_id,)))
     return tuple(base_runs), tuple(base_arms)
 
