@@ -9,7 +9,6 @@ are searched too.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -83,9 +82,7 @@ def main() -> None:
             total += median
             print(f"{stage}: {rows:,} rows in {median:.2f} s, {rows / median:,.0f} rows/s (num_proc {num_proc})")
         size = sum(path.stat().st_size for path in (folder / "imported").glob("*.jsonl"))
-        rejects = json.loads((folder / "clean/report.json").read_text())
         print(f"all three: {total:.2f} s, {size / 1e6 / total:.2f} MB/s of imported rows")
-        print("clean report:", sorted(rejects))
 
 
 def count_rows(folder: Path | None) -> int:

@@ -52,7 +52,13 @@ def write_plan(study: Study, project: Path) -> None:
 
 
 def make_plan(study: Study, project: Path) -> dict:
-    """Return the plan: ``study, title, compare, seeds, tune, arms, runs, findings``."""
+    """Return the plan: ``study, title, compare, seeds, tune, arms, runs, notes, findings``.
+
+    Notes say what of the study's files was read differently from how it stands there, such as an old name.
+
+    Raises:
+        UserError: a token report is not there yet, or the data is past a limit that was lowered after it was made.
+    """
     reports: dict[str, dict] = {}
     runs = []
     for run in study.all_runs:
@@ -62,8 +68,12 @@ def make_plan(study: Study, project: Path) -> dict:
         tokens = reports[folder.name]["splits"]["train"]
         facts = training_arithmetic(run.settings, tokens) if run.method != "base" else {}
         runs += [_entry(run, arm) | facts for arm in run.arms]
+    over = [problem for run in study.runs for problem in _past_limits(run, reports[layout.tokens_folder(run).name])]
+    if over:
+        raise UserError(*dict.fromkeys(over))
     plan = plan_settings(study)
     plan["runs"] = runs
+    plan["notes"] = list(study.notes)
     plan["findings"] = [finding for report in reports.values() for finding in report["findings"]] + findings(study)
     return plan
 
@@ -81,6 +91,7 @@ def plan_settings(study: Study) -> dict:
             for arm in study.base_arms + study.arms
         ],
         "runs": [run.id for run in study.all_runs],
+        "limits": [limits for _, limits in sorted({run.data_id: _limits(run) for run in study.runs}.items())],
     }
 
 
@@ -192,6 +203,8 @@ def print_plan(path: Path) -> None:
             f"{run['label_tokens']:,}",
         )
     console.print(table)
+    for note in plan["notes"]:
+        console.print(f"note: {note}", markup=False)
     for finding in plan["findings"]:
         console.print(f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}")
 
@@ -200,6 +213,36 @@ def _report(path: Path, study: str) -> dict:
     if not path.exists():
         raise UserError(f"{path}: not there yet; `snakemake --config study={study} plan` makes it first")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _limits(run: Run) -> dict:
+    return run.settings.data_config.limits.model_dump()
+
+
+def _past_limits(run: Run, report: dict) -> list[str]:
+    """Hold the data against the limits as they are now: they are in no id, so lowering one makes nothing anew."""
+    limits, train = run.settings.data_config.limits, report["splits"]["train"]
+    cleaned = report["clean"]["rows"]["train"]
+    shares = {
+        "truncated_answers": ("answers of train are cut", train["truncated_answers"], train["rows"]),
+        "dropped": ("rows of train were dropped for their lengths", sum(train["dropped"].values()), train["rows_in"]),
+    }
+    found = [
+        f"data_config.limits.{key}: {getattr(limits, key):.1%} allowed, {count:,} of {total:,} {what}"
+        for key, (what, count, total) in shares.items()
+        if count > getattr(limits, key) * total
+    ]
+    if cleaned["rejected"] > limits.dropped * cleaned["in"]:
+        found.append(
+            f"data_config.limits.dropped: {limits.dropped:.1%} allowed, cleaning rejected "
+            f"{cleaned['rejected']:,} of {cleaned['in']:,} rows of train"
+        )
+    leaked = report["clean"]["leaks"]["rows_left"]
+    if leaked > limits.leaked:
+        found.append(
+            f"data_config.limits.leaked: {limits.leaked:,} allowed, {leaked:,} rows of train leak held-out rows"
+        )
+    return [f"{problem}; raise the limit or change the data settings" for problem in found]
 
 
 def _entry(run: Run, arm: str) -> dict:
