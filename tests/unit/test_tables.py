@@ -102,6 +102,18 @@ def test_bold_falls_back_to_intervals_where_no_verdict_pairs_the_two(tmp_path: P
     assert "full" not in leaders  # the baseline: the verdict says that lora is better
 
 
+def test_an_arm_worse_than_the_baseline_is_never_bold(tmp_path: Path):
+    study = make_results(tmp_path)
+    wide = {"rougeL_low": 0.1, "rougeL_high": 1.0}
+    set_arms(study, {"lora": {"rougeL": 0.9, **wide}, "base": wide, "qlora": wide})
+    set_verdicts(study, "rougeL", {"lora": "not distinguishable", "qlora": "not distinguishable", "base": "worse"})
+
+    leaders = load_results(study).leaders["rougeL"]
+
+    assert {"lora", "qlora"} <= leaders
+    assert "base" not in leaders
+
+
 def test_lower_loss_leads(study: Path):
     results = load_results(study)
 

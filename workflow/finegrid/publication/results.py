@@ -189,6 +189,9 @@ def _set_apart(results: Results, arm: str, best: str, metric: str) -> bool:
         row = results.difference(best if arm == results.baseline else arm, metric)
         if row is not None:
             return row["verdict"] in ("better", "worse")
+    row = results.difference(arm, metric)
+    if row is not None and row["verdict"] == "worse":
+        return True  # than the baseline, whose mean the best one's is not behind
     low, high = (results.arms[f"{metric}_{end}"] for end in ("low", "high"))
     return bool(low[arm] > high[best] or high[arm] < low[best])
 

@@ -47,7 +47,8 @@ _BATCH = "Effective batch = batch per device × GPUs × accumulation steps."
 
 _READING = (
     "Means with 95 % intervals over seeds and examples. Bold: the best mean, and each arm that is not shown to differ "
-    "from it (by the verdict where one of the two is the baseline, else by overlapping intervals)."
+    "from it (by the verdict where one of the two is the baseline, else by overlapping intervals) nor to be worse than "
+    "the baseline."
 )
 _COST_CAPTION = (
     "What training cost, means over seeds: peak memory, time of training alone, tokens per second, trainable "
