@@ -2,7 +2,7 @@
 
     python tests/benchmarks/data.py [--num-proc N]
 
-Each stage is run three times in a process of its own (imports not counted), the median is printed. Near duplicates
+Each stage is run three times in a process of its own (the start of Python and the imports of the stages not counted), the median is printed. Near duplicates
 are searched too.
 """
 
