@@ -107,5 +107,5 @@ def test_lowered_limit_is_told_though_the_data_is_made(planned, tmp_path):
 def test_missing_token_report_says_what_makes_it(planned, tmp_path):
     study = planned()
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(UserError, match="`snakemake --config study=sums plan` makes it"):
+    with pytest.raises(UserError, match="`snakemake plan --config study=sums` makes it"):
         make_plan(study, tmp_path)

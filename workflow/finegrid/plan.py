@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finegrid.settings import RunSettings
     from finegrid.study import Run, Study
 
+WIDTH = 100  # of the printed plan
 COLUMNS = [
     "arm",
     "run",
@@ -64,7 +65,7 @@ def make_plan(study: Study, project: Path) -> dict:
     for run in study.all_runs:
         folder = layout.tokens_folder(run)
         if folder.name not in reports:
-            reports[folder.name] = _report(project / folder / "report.json", study.name)
+            reports[folder.name] = _read(project / folder / "report.json", study.name)
         tokens = reports[folder.name]["splits"]["train"]
         facts = training_arithmetic(run.settings, tokens) if run.method != "base" else {}
         runs += [_entry(run, arm) | facts for arm in run.arms]
@@ -174,28 +175,34 @@ def memory_estimate(settings: RunSettings, project: Path, train: bool = True) ->
 
 
 def print_plan(path: Path) -> None:
-    """Print ``plan.json`` as a table of at most 100 columns."""
+    """Print ``plan.json`` as a table of at most 100 columns.
+
+    Raises:
+        UserError: there is no plan yet.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    plan = json.loads(path.read_text(encoding="utf-8"))
-    console = Console(width=min(Console().width, 100))
-    table = Table(title=f"{plan['study']}: {plan['title']}", title_justify="left", show_edge=False)
-    for column in ("arm", "run", "tuned", "seed"):
-        table.add_column(column, overflow="fold")
-    table.add_column("effective batch\n= batch × GPUs × accumulation", justify="right")
-    for column in ("steps", "epochs", "label tokens"):
+    plan = _read(path, path.parent.name)
+    console = Console()
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    title = f"{plan['study']}: {plan['title']}"
+    caption = "effective batch = batch per device × GPUs × accumulation steps"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False)
+    table.add_column("arm", overflow="fold")
+    table.add_column("run", no_wrap=True)
+    table.add_column("tuned", overflow="fold")
+    for column in ("seed", "effective batch", "steps", "epochs", "label tokens"):
         table.add_column(column, justify="right")
     for run in plan["runs"]:
         if not run["train"]:
-            table.add_row(run["arm"], run["run"], "", "", "untrained", "", "", "")
+            table.add_row(run["arm"], run["run"], "", "", "untrained")
             continue
-        batch = "{effective_batch_size} = {per_device_train_batch_size} × {gpus} × {gradient_accumulation_steps}"
-        tuned = ", ".join(f"{key}={value}" for key, value in run["tuned"].items())
+        batch = "{effective_batch_size} = {per_device_train_batch_size}×{gpus}×{gradient_accumulation_steps}"
         table.add_row(
             run["arm"],
             run["run"],
-            tuned,
+            "\n".join(f"{key} {value}" for key, value in run["tuned"].items()),
             str(run["seed"]),
             batch.format(**run),
             f"{run['steps']:,}",
@@ -206,12 +213,13 @@ def print_plan(path: Path) -> None:
     for note in plan["notes"]:
         console.print(f"note: {note}", markup=False)
     for finding in plan["findings"]:
-        console.print(f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}")
+        text = f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}"
+        console.print(text, markup=False)
 
 
-def _report(path: Path, study: str) -> dict:
+def _read(path: Path, study: str) -> dict:
     if not path.exists():
-        raise UserError(f"{path}: not there yet; `snakemake --config study={study} plan` makes it first")
+        raise UserError(f"{path}: not there yet; `snakemake plan --config study={study}` makes it first")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
