@@ -2,8 +2,8 @@
 
     python tests/benchmarks/data.py [--num-proc N]
 
-Each stage is run three times in a process of its own (the start of Python and the imports of the stages not counted), the median is printed. Near duplicates
-are searched too.
+Each stage is run three times in a process of its own, the median is printed; the start of Python and the imports of the
+stages are not counted. Near duplicates are searched too.
 """
 
 from __future__ import annotations
