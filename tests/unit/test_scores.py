@@ -48,10 +48,9 @@ def test_scores_are_aligned_by_id_whatever_the_order_of_rows(study):
     assert after.ids == before.ids
     assert np.array_equal(after.values["rougeL"], before.values["rougeL"])
     row = json.loads((study / "runs" / run / "predictions.jsonl").read_text("utf-8").splitlines()[-1])
-    frame = after.frame()
-    found = frame[(frame["run"] == run) & (frame["id"] == row["id"])].iloc[0]
-    assert found["rougeL"] == row["scores"]["rougeL"]
-    assert found["nll"] == row["nll"]
+    place = (after.runs.index(run), after.ids.index(row["id"]))
+    assert after.values["rougeL"][place] == row["scores"]["rougeL"]
+    assert after.nll[place] == row["nll"]
 
 
 def test_only_the_generated_split_is_read(study):

@@ -6,7 +6,6 @@ model is compared by content and its gigabytes are hashed once.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from finegrid import layout
 from finegrid.errors import UserError
+from finegrid.files import write_json
 from finegrid.fingerprint import file_hash
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def fetch_model(model: ModelSettings, project: Path, output: Path) -> None:
         "revision": model.revision,
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_json(output, manifest)
 
 
 def _download(model: ModelSettings, folder: Path) -> None:

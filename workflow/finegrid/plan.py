@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from finegrid import layout
 from finegrid.errors import UserError
+from finegrid.files import whole, write_json
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
@@ -43,9 +44,8 @@ def write_plan(study: Study, project: Path) -> None:
     """Write ``results/<study>/plan.json`` and ``plan.tsv`` (one row an arm and run)."""
     plan = make_plan(study, project)
     output = project / layout.RESULTS / study.name
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "plan.json").write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (output / "plan.tsv").open("w", encoding="utf-8", newline="") as file:
+    write_json(output / "plan.json", plan)
+    with whole(output / "plan.tsv") as half, half.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for run in plan["runs"]:

@@ -6,13 +6,13 @@ another machine does not make anything stale.
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from finegrid.files import write_json
 from finegrid.fingerprint import file_hash
 
 PACKAGES = [
@@ -53,8 +53,7 @@ def write(output: Path, project: Path, *, inputs: dict[str, Path], **facts: obje
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(output, record)
 
 
 def commit(project: Path) -> dict[str, object]:

@@ -7,9 +7,7 @@ for the level chosen. The statistics are in :mod:`finegrid.analysis.comparison`.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import pandas as pd
 from finegrid.analysis import comparison
 from finegrid.analysis.scores import METRICS, Plan, Run, Scores, load_plan, load_scores, load_training
 from finegrid.errors import UserError
+from finegrid.files import write_json, write_text
 
 COSTS = ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters")
 LOWER_IS_BETTER = frozenset({"loss"})
@@ -90,10 +89,9 @@ def compare(
         "statistics": _statistics(resamples, differences),
         "findings": _findings(wanted, levels, chosen, scores, arms, differences),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / "arms.tsv", _tsv(arms))
-    _write(output / "comparisons.tsv", _tsv(differences))
-    _write(output / "comparison.json", json.dumps(_finite(result), ensure_ascii=False, indent=2) + "\n")
+    write_text(output / "arms.tsv", _tsv(arms))
+    write_text(output / "comparisons.tsv", _tsv(differences))
+    write_json(output / "comparison.json", _finite(result))
     return result
 
 
@@ -431,10 +429,3 @@ def _finite(value):
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically: a temporary name beside, then a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -90,12 +90,6 @@ class Scores:
         """Whether the runs were scored on the same tokens, so that their losses can be compared."""
         return len({self.metrics[run]["data"]["tokens"] for run in runs}) == 1
 
-    def frame(self) -> pd.DataFrame:
-        """The scores as a tidy table: run, id, nll, label_tokens and one column a score."""
-        table = {"run": np.repeat(self.runs, len(self.ids)), "id": self.ids * len(self.runs), "nll": self.nll.ravel()}
-        table["label_tokens"] = self.label_tokens.ravel()
-        return pd.DataFrame(table | {name: values.ravel() for name, values in self.values.items()})
-
 
 def load_plan(path: Path) -> Plan:
     """Read `plan.json`.

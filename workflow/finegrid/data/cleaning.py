@@ -26,10 +26,10 @@ from finegrid.data.rows import (
     publish,
     quiet,
     to_line,
-    write_json,
 )
 from finegrid.data.texts import TEXT_STEPS
 from finegrid.errors import UserError
+from finegrid.files import write_json
 
 if TYPE_CHECKING:
     from finegrid.settings import DataConfig, RunSettings

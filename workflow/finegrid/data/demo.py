@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from finegrid.errors import UserError
+from finegrid.files import whole
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -82,7 +83,9 @@ def _read(path: Path) -> dict:
 
 def _write(path: Path, rows: list[dict]) -> None:
     """Write gzipped JSON lines whose bytes depend on the rows alone (no time stamp, no file name)."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+    with (
+        whole(path) as half,
+        half.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
+    ):
         file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
-    partial.replace(path)

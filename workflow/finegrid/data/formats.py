@@ -23,7 +23,6 @@ from typing import Any
 from finegrid.data.rows import Message, Row
 from finegrid.errors import nearest
 
-FORMATS = ("conversations", "messages", "sharegpt", "alpaca", "prompt_completion", "columns")
 DEFAULT_COLUMNS = {"prompt": "question", "answer": "answer"}
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -60,7 +59,7 @@ class Format:
     """How the rows of one file are read.
 
     Attributes:
-        name: one of :data:`FORMATS`.
+        name: a name of ``data_config.format``, not ``auto``.
         columns: of the format ``columns``: ``prompt``, ``answer``; of any format: ``system`` and ``id``.
     """
 

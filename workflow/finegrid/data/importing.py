@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid.data.formats import MissingColumn, RowProblem, convert, recognise
-from finegrid.data.hub import hub_name, hub_rows
+from finegrid.data.hub import hub_rows
 from finegrid.data.reading import FileProblem, read_rows
 from finegrid.data.rows import (
     SPLITS,
@@ -31,9 +31,9 @@ from finegrid.data.rows import (
     quiet,
     read_lines,
     to_line,
-    write_json,
 )
 from finegrid.errors import UserError, nearest
+from finegrid.files import write_json
 
 if TYPE_CHECKING:
     from finegrid.settings import DataConfig, RunSettings
@@ -65,7 +65,7 @@ def import_data(settings: RunSettings, project: Path, output: Path, progress: Pr
         split_off = _split_off(config, sources, partial, rows)
         prefixed = _make_ids_unique(run.ids, partial)
         report = {
-            "dataset": dataset_name(config),
+            "dataset": settings.dataset_name,
             "encoding": config.encoding,
             "files": run.files,
             "rows": rows,
@@ -78,15 +78,6 @@ def import_data(settings: RunSettings, project: Path, output: Path, progress: Pr
         write_json(partial / "timing.json", timing)
         publish(partial, output, [*(f"{split}.jsonl" for split in SPLITS), "timing.json", "report.json"])
     return report | timing
-
-
-def dataset_name(config: DataConfig) -> str:
-    """Return the data set's name: as set, or the folder of the train file, or the last part of the hub path."""
-    if config.name:
-        return config.name
-    if config.dataset:
-        return hub_name(config.dataset)
-    return Path(_paths(config.train_file)[0]).parent.name or "data"
 
 
 class _Import:

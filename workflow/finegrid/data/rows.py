@@ -128,11 +128,6 @@ def read_lines(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, keys in the order in which they are."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 @contextlib.contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
     """Give a fresh folder inside ``output`` to write into; it is gone at the end, whatever happens."""

@@ -31,14 +31,15 @@ import numpy as np
 import pyarrow as pa
 
 from finegrid.data.processes import in_order, workers
+from finegrid.data.rows import SPLITS
 from finegrid.data.template import ChatTemplate, RowRefused, Tokens, load_template
 from finegrid.data.truncation import Cut, TooLong, truncate
 from finegrid.errors import UserError
+from finegrid.files import write_json
 
 if TYPE_CHECKING:
-    from finegrid.settings import DataConfig, RunSettings
+    from finegrid.settings import RunSettings
 
-SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -170,7 +171,7 @@ def tokenise(
         problems = _problems(settings, splits)
         if problems:
             report["refused"] = problems
-        _write_json(folder / "report.json", report)
+        write_json(folder / "report.json", report)
         _deliver(folder, output, refused=bool(problems))
     if problems:
         raise UserError(*problems)
@@ -299,7 +300,7 @@ def _report(settings: RunSettings, clean: Path, template: ChatTemplate, splits: 
     cleaning = clean / "report.json"
     clean_report = json.loads(cleaning.read_text(encoding="utf-8")) if cleaning.exists() else None
     return {
-        "data": _data_name(settings.data_config),
+        "data": settings.dataset_name,
         "limits": {"max_input_length": settings.max_input_length, "max_output_length": settings.max_output_length},
         "truncation": settings.data_config.truncation.model_dump(),
         "template": template.describe() | {"sha256": hashlib.sha256(template.template.encode()).hexdigest()},
@@ -307,16 +308,6 @@ def _report(settings: RunSettings, clean: Path, template: ChatTemplate, splits: 
         "clean": clean_report,
         "findings": template.findings() + _held_out_findings(splits),
     }
-
-
-def _data_name(data: DataConfig) -> str:
-    """The data set's name: as given, else the folder of the train file, else the last part of the hub path."""
-    if data.name:
-        return data.name
-    if data.train_file:
-        first = data.train_file if isinstance(data.train_file, str) else data.train_file[0]
-        return Path(first).parent.name or Path(first).stem
-    return Path(data.dataset.path).name if data.dataset else "data"
 
 
 def _held_out_findings(splits: dict[str, _Split]) -> list[dict[str, str]]:
@@ -426,10 +417,6 @@ def _reasons(dropped: Counter) -> str:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _deliver(folder: Path, output: Path, refused: bool) -> None:

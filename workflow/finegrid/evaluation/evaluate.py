@@ -31,6 +31,7 @@ from finegrid.errors import UserError
 from finegrid.evaluation.generation import generate_answers, generation_config
 from finegrid.evaluation.likelihood import label_nll, label_tokens
 from finegrid.evaluation.metrics import METRICS_VERSION, SplitScores, score_split
+from finegrid.files import write_json, write_text
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.model import load_trained
 
@@ -106,8 +107,8 @@ def evaluate(
         "peak_memory_mb": round(peak_memory_mb(device), 1),
         "device": device.type,
     }
-    _write(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _prediction_rows(rows)))
-    _write(metrics, json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    write_text(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _prediction_rows(rows)))
+    write_json(metrics, report)
     return report
 
 
@@ -242,13 +243,6 @@ def _summary(rows: list[Row], scored: SplitScores | None) -> dict[str, Any]:
 
 def _generation_facts(new_tokens: int, clock: Clock) -> dict[str, float]:
     return {"new_tokens": new_tokens, "tokens_per_second": round(new_tokens / clock.spent["generation"], 1)}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
 
 
 # ---------------------------------------------------------------- device, time and progress

@@ -8,7 +8,6 @@ files of `results/<study>/` that git tracks.
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 import unicodedata
 import warnings
@@ -31,6 +30,7 @@ from matplotlib.lines import Line2D
 
 from finegrid.analysis.scores import Arm, Plan, load_plan
 from finegrid.errors import UserError
+from finegrid.files import whole
 
 SINGLE, DOUBLE = 3.3, 6.8  # column widths in inches
 POINTS = 8
@@ -295,13 +295,10 @@ def histories(study: Study, arms: Iterable[str]) -> pd.DataFrame:
 
 def save(figure: Figure, table: pd.DataFrame, output: Path) -> None:
     """Write `output`.pdf, .png and .csv, each atomically and with the same bytes each time."""
-    output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(suffix: str, writer: Callable[[Path], object]) -> None:
-        final = output.with_name(output.name + suffix)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}")
-        writer(temporary)
-        os.replace(temporary, final)
+        with whole(output.with_name(output.name + suffix)) as half:
+            writer(half)
 
     # Dates and programme versions would change the bytes of the same figure.
     write(".pdf", lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))

@@ -13,7 +13,8 @@ import unicodedata
 from pathlib import Path
 
 from finegrid.errors import UserError
-from finegrid.publication.results import Results, load_results, write_text
+from finegrid.files import write_text
+from finegrid.publication.results import Results, load_results
 from finegrid.publication.tables import escape
 
 _DIGITS = {

@@ -22,6 +22,7 @@ from finegrid.analysis.compare import LOWER_IS_BETTER
 from finegrid.analysis.scores import load_plan
 from finegrid.figures import FIGURES
 from finegrid.figures.style import arm_colours
+from finegrid.files import write_text
 from finegrid.publication.captions import CAPTIONS
 from finegrid.publication.results import (
     METRIC_NAMES,
@@ -36,7 +37,6 @@ from finegrid.publication.results import (
     load_results,
     plain,
     setting_table,
-    write_text,
 )
 
 GAINS, LOSSES, RANDOM = 8, 8, 8  # examples shown of each kind

@@ -275,14 +275,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that no half of it is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from finegrid.analysis.compare import LOWER_IS_BETTER
+from finegrid.files import write_text
 from finegrid.publication.results import (
     METRIC_NAMES,
     NOTHING,
@@ -21,7 +22,6 @@ from finegrid.publication.results import (
     decimal,
     load_results,
     setting_table,
-    write_text,
 )
 
 _LATEX = str.maketrans(

@@ -7,7 +7,6 @@ that died with the process are gone with it.
 from __future__ import annotations
 
 import csv
-import os
 import resource
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from finegrid.files import whole
 
 COLUMNS = [
     "step",
@@ -41,13 +42,10 @@ def history_rows(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_history(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write history rows as CSV, atomically; a missing value is an empty field, numbers keep all their digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    with half.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as half, half.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(half, path)
 
 
 class HistoryFile(TrainerCallback):

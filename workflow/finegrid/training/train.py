@@ -38,6 +38,7 @@ from transformers import PrinterCallback, Seq2SeqTrainingArguments, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 from finegrid.errors import UserError
+from finegrid.files import write_json
 from finegrid.training.history import HistoryFile, history_rows, peak_memory_mb, write_history
 from finegrid.training.model import attach_adapter, load_base
 from finegrid.training.progress import Flow, ProgressLines
@@ -118,7 +119,7 @@ def train(
     _write_weights(settings, trainer, model, output)
     if trainer.is_world_process_zero():
         write_history(history, history_rows(trainer.state.log_history))
-        _write_json(summary, result)
+        write_json(summary, result)
         _clear(checkpoints)
     progress(f"done: {result['steps']} steps in {result['train_seconds']:.0f} s")
     return result
@@ -192,7 +193,7 @@ def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str
     for folder in found:
         if folder not in complete:
             shutil.rmtree(folder, ignore_errors=True)
-    _write_json(path, identity)
+    write_json(path, identity)
     return complete[-1] if complete else None
 
 
@@ -396,11 +397,4 @@ def _name_base(settings: RunSettings, path: Path) -> None:
     for key in ("target_modules", "modules_to_save", "feedforward_modules"):
         if isinstance(config.get(key), list):
             config[key].sort()
-    _write_json(path, config)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    write_json(path, config)
