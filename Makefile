@@ -5,7 +5,6 @@
 #   make lint      ruff, snakefmt, snakemake --lint
 #   make setup     only the environment (then: source .venv/bin/activate)
 #   make lock      write envs/ anew from the environment (after a change of packages)
-#   make clean     remove what the demo made, the environment stays
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -17,7 +16,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint setup lock clean
+.PHONY: demo test lint setup lock
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo.done
@@ -37,9 +36,6 @@ setup: .venv/base.done
 
 lock: .venv/demo.done .venv/test.done
 	python envs/lock.py
-
-clean:
-	rm -rf results/$(STUDY)/runs scratch logs benchmarks data/clean data/tokens .snakemake
 
 .venv/base.done: envs/lock.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Finegrid needs Python 3.11 or newer: none found (set PYTHON=...)"; exit 1; }

@@ -82,6 +82,20 @@ def test_broken_data_ends_with_file_and_line_and_leaves_nothing(folder):
     assert not list((folder / "data/clean").rglob("*.jsonl"))
 
 
+def test_a_recipe_alone_is_checked_and_printed_as_it_will_be_used(folder, project):
+    recipe = project / "tests/data/sft.yaml"
+    done = finegrid(folder, "resolve", str(recipe))
+    assert done.returncode == 1
+    assert "model.model_name_or_path: is missing" in done.stderr
+    done = finegrid(folder, "resolve", str(recipe), "--model", "./model")
+    assert done.returncode == 0, done.stderr
+    resolved = yaml.safe_load(done.stdout)
+    assert resolved["model"]["model_name_or_path"] == "model"
+    assert resolved["training_args"]["learning_rate"] == 2e-5
+    assert resolved["training_args"]["weight_decay"] == 0.01
+    assert "evaluation_strategy: read as 'eval_strategy'" in done.stderr
+
+
 def test_data_set_of_no_study_says_where_it_looked(folder):
     done = finegrid(folder, "clean", "sums-00000000")
     assert done.returncode == 1

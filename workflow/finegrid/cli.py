@@ -20,6 +20,7 @@ import typer
 
 from finegrid import layout
 from finegrid.errors import UserError, nearest
+from finegrid.files import write_json
 
 if TYPE_CHECKING:
     from finegrid.study import Run, Study
@@ -113,7 +114,25 @@ def tokenise(tokens: DataId, study: StudyOption = None, log: Log = None) -> None
         tokenise(run.settings, layout.clean_folder(run), folder, layout.TOKENS / tokens, progress)
 
 
-# ---------------------------------------------------------------- study and runs
+# ---------------------------------------------------------------- recipe, study and runs
+
+
+@app.command()
+def resolve(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, as fine-tuners write it.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Base model, where the recipe names none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+) -> None:
+    """Check a recipe and print it with all defaults, as its runs would use it."""
+    import yaml
+
+    from finegrid.settings import load_recipe
+
+    base = {key: value for key, value in {"model_name_or_path": model, "revision": revision}.items() if value}
+    settings, notes = load_recipe(recipe, Path.cwd(), {"model": base} if base else None)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -152,7 +171,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
             checkpoints=scratch / the_study.name / run,
             progress=progress,
         )
-        _write_settings(the_run, results / "settings" / f"{run}.json")
+        write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
         _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
 
 
@@ -321,12 +340,6 @@ def _find(study: str | None, wanted: Callable[[Run], bool], what: str) -> Run:
 
 def _find_data(study: str | None, data: str) -> Run:
     return _find(study, lambda run: layout.clean_folder(run).name == data, f"data set '{data}'")
-
-
-def _write_settings(run: Run, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(run.settings.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
-    output.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_run_provenance(study: Study, run: Run, output: Path) -> None:

@@ -116,7 +116,11 @@ class DataConfig(Section):
     encoding: str = Field("utf-8", description="Encoding of text files, as Python names it.")
     system_prompt: str | None = Field(None, description="System message for rows that have none.")
     num_proc: int = Field(1, ge=1, description="Processes for cleaning and tokenising; changes no result.")
-    streaming: bool = Field(False, description="Read the train split as a stream: needs `training_args.max_steps`.")
+    streaming: bool = Field(
+        False,
+        description="Read a hub data set row by row, without preparing a copy of it first (files are always read so); "
+        "its number of rows counts as unknown, so `training_args.max_steps` must decide the length.",
+    )
     validation_size: float | int | None = Field(
         None, description="Rows (int) or share (float) split off train when there is no validation file."
     )
