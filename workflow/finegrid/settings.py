@@ -163,6 +163,9 @@ class RunSettings(Section):
     quantization_config: dict[str, Any] | None = Field(None, description="Quantization of the frozen weights.")
     generation_config: dict[str, Any] = Field(default_factory=dict, description="How answers are generated.")
     evaluation: Evaluation = Field(Evaluation(), description="How a run is scored, see below.")
+    gpus: int = Field(
+        1, ge=1, description="Processes that train together, one a GPU; each has `per_device_train_batch_size` rows."
+    )
 
     @property
     def method(self) -> str:
@@ -215,6 +218,7 @@ class RunSettings(Section):
             "training_args": self._influential_args(),
             "peft_config": self._influential_peft(),
             "quantization_config": _non_default(self.quantization_config, library_keys()["quantization_config"]),
+            "gpus": self.gpus if self.gpus > 1 else None,
         }
         return _canonical({key: value for key, value in settings.items() if value is not None})
 
