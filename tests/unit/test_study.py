@@ -257,6 +257,225 @@ def test_evaluation_settings_of_a_recipe_rename_no_run_but_those_of_a_factor_tel
     assert len(study.base_runs) == 4
 
 
+# --- every setting can be a factor ---
+
+QLORA_RECIPE = RECIPE | {"quantization_config": NF4}
+
+
+@pytest.mark.parametrize(
+    ("key", "levels", "told_by"),
+    [
+        ("data_config.cleaning.near_duplicates", [False, True], "data_id"),
+        ("data_config.cleaning.exact_duplicates", [True, False], "data_id"),
+        ("data_config.cleaning.fix_unicode", [True, False], "data_id"),
+        ("data_config.cleaning.white_space", [True, False], "data_id"),
+        ("data_config.cleaning.leaked_answers", [True, False], "data_id"),
+        ("data_config.cleaning.max_answer_chars", [400, None], "data_id"),
+        ("data_config.cleaning.near_duplicate_threshold", [0.7, 0.9], "data_id"),
+        ("data_config.train_fraction", [0.25, 0.5, 1.0], "data_id"),
+        ("data_config.max_train_samples", [100, 1000], "data_id"),
+        ("data_config.sample_seed", [0, 1], "data_id"),
+        ("data_config.system_prompt", ["Be brief.", None], "data_id"),
+        ("data_config.truncation.input", ["left", "middle"], "tokens_id"),
+        ("max_input_length", [128, 256], "tokens_id"),
+        ("max_output_length", [128, 256], "tokens_id"),
+        ("model.chat_template", ["a.jinja", None], "tokens_id"),
+        ("model.dtype", ["float32", "bfloat16"], "id"),
+        ("training_args.learning_rate", ["1e-5", 1e-4], "id"),
+        ("training_args.lr_scheduler_type", ["cosine", "linear", "constant_with_warmup"], "id"),
+        ("training_args.warmup_steps", [0, 0.03, 10], "id"),
+        ("training_args.optim", ["adamw_torch", "adafactor", "lion_32bit"], "id"),
+        ("training_args.weight_decay", [0, 0.1], "id"),
+        ("training_args.max_steps", [10, 20], "id"),
+        ("training_args.per_device_train_batch_size", [2, 4], "id"),
+        ("training_args.activation_checkpointing", [False, True], "id"),
+        ("training_args.gradient_checkpointing", [False, True], "id"),
+        ("training_args.deepspeed", ["zero2.json", "zero3.json", None], "id"),
+        ("training_args.lr_scheduler_kwargs.num_cycles", [1, 2], "id"),
+        ("peft_config.r", [8, 64], "id"),
+        ("peft_config.use_rslora", [False, True], "id"),
+        ("peft_config.use_dora", [False, True], "id"),
+        ("peft_config.target_modules", [["q_proj", "v_proj"], "all-linear"], "id"),
+        ("peft_config.rank_pattern.q_proj", [4, 16], "id"),
+        ("quantization_config.bnb_4bit_quant_type", ["nf4", "fp4"], "base_id"),
+        ("quantization_config.bnb_4bit_use_double_quant", [False, True], "base_id"),
+        ("generation_config.num_beams", [1, 4], "id"),
+        ("evaluation.language", ["en", "zh"], "id"),
+        ("gpus", [1, 4], "id"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_nested_key_of_any_section_can_be_a_factor(load, key, levels, told_by):
+    study = load({"factors": {"x": {"key": key, "levels": levels}}, "compare": None, "seeds": [0]}, QLORA_RECIPE)
+    assert [arm.factors["x"] for arm in study.arms] == [level_name(level) for level in levels]
+    assert len({run.id for run in study.runs}) == len(levels)
+    assert len({getattr(run, told_by) for run in study.runs}) == len(levels)
+    if told_by == "id":
+        assert len({run.data_id for run in study.runs}) == 1
+
+
+# --- one effective batch ---
+
+
+def accumulations(study: Study) -> dict[str, int]:
+    return {run.arms[0]: run.settings.training_arg("gradient_accumulation_steps") for run in study.runs}
+
+
+BATCHES = {"key": "training_args.per_device_train_batch_size", "levels": [1, 4, 16]}
+
+
+def test_accumulation_is_solved_for_each_arm(load):
+    study = load({"factors": {"batch": BATCHES}, "effective_batch_size": 16, "compare": None})
+    assert accumulations(study) == {"1": 16, "4": 4, "16": 1}
+    gpus = {"one": {}, "four": {"gpus": 4}}
+    study = load({"factors": {"gpus": gpus}, "effective_batch_size": 64, "compare": None})
+    assert accumulations(study) == {"one": 8, "four": 2}  # transformers' default batch is 8
+
+
+def test_a_solved_accumulation_names_runs_as_if_it_were_written(load):
+    solved = load({"effective_batch_size": 32})
+    written = load({"settings": {"training_args.gradient_accumulation_steps": 4}})
+    assert ids(solved) == ids(written)
+    assert ids(load({"effective_batch_size": 8})) == ids(load())
+
+
+def test_a_written_accumulation_is_overridden_with_a_note(load):
+    study = load({"settings": {"training_args.gradient_accumulation_steps": 2}, "effective_batch_size": 32})
+    assert set(accumulations(study).values()) == {4}
+    assert study.notes == (
+        "config/studies/demo.yaml: effective_batch_size: 32 decides; "
+        "'training_args.gradient_accumulation_steps: 2' is overridden (line 24)",
+    )
+    same = load({"settings": {"training_args.gradient_accumulation_steps": 4}, "effective_batch_size": 32})
+    assert not same.notes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "batches", "nearest"),
+    [(50, [8], "48 or 56"), (6, [8], "8, or a smaller"), (50, [8, 12], "48 or 72"), (30, [6, 4], "24 or 36")],
+)
+def test_an_impossible_effective_batch_names_the_nearest_that_all_arms_can_have(problems, wanted, batches, nearest):
+    factors = {"batch": BATCHES | {"levels": batches}}
+    told = problems({"factors": factors, "effective_batch_size": wanted, "compare": None})
+    assert len(told) == sum(wanted % batch > 0 for batch in batches)
+    for problem in told:
+        assert "effective_batch_size: " in problem
+        assert f"nearest possible: {nearest}" in problem
+
+
+def test_an_effective_batch_and_a_factor_of_the_accumulation_exclude_each_other(problems):
+    factors = {"steps": {"key": "training_args.gradient_accumulation_steps", "levels": [1, 2]}}
+    told = problems({"factors": factors, "effective_batch_size": 16, "compare": None})
+    assert len(told) == 1
+    assert "'steps' sets 'training_args.gradient_accumulation_steps'; expected one of them" in told[0]
+
+
+# --- tuned levels of some arms ---
+
+RATES = {
+    "key": "training_args.learning_rate",
+    "levels": ["1e-4", "2e-4", "4e-4"],
+    "in_arms": [
+        {"arms": {"method": "full"}, "levels": ["1e-5", "2e-5"]},
+        {"arms": {"method": "full", "rank": 64}, "levels": ["5e-6"]},
+    ],
+}
+
+
+def test_arms_search_levels_of_their_own(load):
+    study = load({"tune": {"lr": RATES | {"in_arms": RATES["in_arms"][:1]}}, "seeds": [0]})
+    searched = {}
+    for run in study.runs:
+        searched.setdefault(run.arms[0], {})[run.tuned["lr"]] = run.settings.training_args["learning_rate"]
+    lora = {"0.0001": 1e-4, "0.0002": 2e-4, "0.0004": 4e-4}
+    assert searched == {"full": {"1e-5": 1e-5, "2e-5": 2e-5}, "lora": lora, "qlora": lora}
+
+
+def test_the_last_entry_that_fits_an_arm_counts(load):
+    factors = {"method": {"full": {}, "lora": {}}, "rank": {"key": "peft_config.r", "levels": [8, 64]}}
+    study = load({"factors": factors, "tune": {"lr": RATES}, "seeds": [0], "compare": None})
+    counts = {arm.name: len(arm.runs) for arm in study.arms}
+    assert counts == {"full-8": 2, "full-64": 1, "lora-8": 3, "lora-64": 3}
+
+
+@pytest.mark.parametrize(
+    ("in_arms", "told"),
+    [
+        ({"method": "full"}, "in_arms: a mapping found; expected a list of {arms: {factor: level}, levels: [...]}"),
+        (["full"], "in_arms[0]: the text 'full' found; expected {arms"),
+        ([{"arms": {"method": "full"}}], "in_arms[0]: a mapping with arms found; expected {arms"),
+        ([{"arms": {"method": "ful"}, "levels": [1]}], "in_arms[0].arms.method: 'ful' is no level of 'method'; did"),
+        ([{"arms": {"kind": "full"}, "levels": [1]}], "in_arms[0].arms.kind: 'kind' is no factor"),
+        ([{"arms": {"method": "full"}, "levels": []}], "in_arms[0].levels: the list [] found"),
+        ([{"arms": {"method": "full"}, "levels": ["x"]}], "in_arms[0].levels 'x': training_args.learning_rate: the"),
+    ],
+)
+def test_mistakes_in_the_levels_of_some_arms_are_told(problems, in_arms, told):
+    found = problems({"tune": {"lr": RATES | {"in_arms": in_arms}}})
+    assert any(f"tune.lr.{told}" in problem for problem in found), found
+
+
+def test_levels_for_an_arm_that_was_excluded_are_told(problems):
+    change = {"exclude": [{"method": "full"}], "compare": None, "tune": {"lr": RATES | {"in_arms": [
+        {"arms": {"method": "full"}, "levels": [1e-5]}]}}}  # fmt: skip
+    assert "{'method': 'full'} fits no arm" in problems(change)[0]
+
+
+def test_only_a_tuned_factor_has_levels_of_some_arms(problems):
+    told = problems({"factors": {"method": METHODS, "lr": RATES}, "compare": None})
+    assert any("factors.lr.in_arms: 'in_arms' is unknown here; only a tuned factor has it" in one for one in told)
+
+
+# --- hardware ---
+
+
+def test_hardware_is_the_studys_and_renames_nothing(load):
+    assert load().hardware is None
+    own = {"name": "mine", "memory": "24GB", "bf16_tflops": 100}
+    study = load({"hardware": {"gpus": ["rtx-4090", own]}})
+    assert study.hardware == ("rtx-4090", own)
+    assert load({"hardware": {"gpus": []}}).hardware == ()
+    assert ids(study) == ids(load())
+
+
+def test_mistakes_in_the_hardware_are_told(problems):
+    assert (
+        "hardware.gpu: 'gpu' is no setting of hardware; did you mean 'gpus'?" in problems({"hardware": {"gpu": []}})[0]
+    )
+    assert "hardware.gpus: the text 'a100' found; expected a list" in problems({"hardware": {"gpus": "a100"}})[0]
+    assert "hardware.gpus[0]: 3 found; expected a GPU's name" in problems({"hardware": {"gpus": [3]}})[0]
+
+
+# --- early stopping ---
+
+STOPPING = {
+    "early_stopping": {"patience": 3},
+    "training_args": {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True},
+}
+
+
+def test_early_stopping_tells_runs_apart_and_base_runs_not(load):
+    study = load({"factors": {"stop": {"no": {}, "yes": STOPPING}}, "compare": None, "seeds": [0]})
+    assert study.runs[1].settings.early_stopping.patience == 3
+    assert study.runs[1].settings.canonical()["early_stopping"] == {"patience": 3}
+    assert len(study.base_runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"early_stopping": {}}, "early_stopping.patience: is missing"),
+        ({"early_stopping": {"patience": 0}}, "expected at least 1"),
+        ({"early_stopping": {"patience": 3, "threshhold": 1}}, "did you mean 'threshold'?"),
+        ({"training_args": {"eval_strategy": "steps"}}, "needs training_args.load_best_model_at_end: true"),
+        ({"training_args": {}}, "early_stopping: needs evaluations to stop by"),
+    ],
+)
+def test_mistakes_in_early_stopping_are_told(problems, change, told):
+    found = problems({"settings": STOPPING | change})
+    assert any(told in problem for problem in found), found
+
+
 # --- mistakes ---
 
 

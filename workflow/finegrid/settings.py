@@ -144,6 +144,16 @@ class Evaluation(Section):
     language: Literal["auto", "en", "zh"] = Field("auto", description="Word segmentation of metrics (jieba for zh).")
 
 
+class EarlyStopping(Section):
+    """Training ends before its last step when the validation loss stops falling (transformers'
+    EarlyStoppingCallback); the steps of the recipe are the most that are made. Needs
+    `training_args.load_best_model_at_end`, so that the weights are those of the best evaluation, not of the last.
+    """
+
+    patience: int = Field(ge=1, description="Evaluations in a row without a lower loss, after which training ends.")
+    threshold: float = Field(0.0, ge=0, description="Falls of the loss up to this size count as none.")
+
+
 class RunSettings(Section):
     """All settings of one run. `training_args`, `peft_config`, `quantization_config` and `generation_config` are
     plain dicts with the libraries' own keys, checked against `library_keys.json`; a null `peft_config` is full
@@ -166,6 +176,7 @@ class RunSettings(Section):
     gpus: int = Field(
         1, ge=1, description="Processes that train together, one a GPU; each has `per_device_train_batch_size` rows."
     )
+    early_stopping: EarlyStopping | None = Field(None, description="End a run that stopped improving, see below.")
 
     @property
     def method(self) -> str:
@@ -219,6 +230,7 @@ class RunSettings(Section):
             "peft_config": self._influential_peft(),
             "quantization_config": _non_default(self.quantization_config, library_keys()["quantization_config"]),
             "gpus": self.gpus if self.gpus > 1 else None,
+            "early_stopping": self.early_stopping.model_dump(exclude_defaults=True) if self.early_stopping else None,
         }
         return _canonical({key: value for key, value in settings.items() if value is not None})
 
@@ -793,6 +805,22 @@ def _check_arguments(values: dict, project: Path, findings: Findings) -> None:
     keys = ("save_strategy", "eval_strategy", "save_steps", "eval_steps", "load_best_model_at_end")
     if arguments.get("load_best_model_at_end") and findings.fine(*(f"training_args.{key}" for key in keys)):
         _check_best_model(arguments, findings)
+    if values.get("early_stopping") is not None and findings.fine("early_stopping", "training_args"):
+        _check_early_stopping(values, findings)
+
+
+def _check_early_stopping(values: dict, findings: Findings) -> None:
+    arguments = values["training_args"]
+    if "patience" not in values["early_stopping"]:
+        findings.problem("early_stopping.patience", "is missing; expected a number of evaluations, 3 is a start")
+    if arguments.get("eval_strategy", "no") == "no":
+        findings.problem("early_stopping", "needs evaluations to stop by; expected eval_strategy 'steps' or 'epoch'")
+    elif not arguments.get("load_best_model_at_end"):
+        findings.problem(
+            "early_stopping",
+            "needs training_args.load_best_model_at_end: true; else the run ends with the weights of its last "
+            "evaluation, which is not its best",
+        )
 
 
 def _check_best_model(arguments: dict, findings: Findings) -> None:

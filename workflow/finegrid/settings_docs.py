@@ -23,6 +23,7 @@ from finegrid.settings import (
     RENAMED_KEYS,
     Cleaning,
     DataConfig,
+    EarlyStopping,
     Evaluation,
     HubDataset,
     Limits,
@@ -113,19 +114,28 @@ def study_schema() -> dict[str, Any]:
     """Return the JSON schema of a study file."""
     properties = {key: _schema(described) for key, described in STUDY_KEYS.items()}
     properties["settings"] = {"$ref": "recipe.schema.json", "description": STUDY_KEYS["settings"]["help"]}
-    by_key = {
+    by_key: dict[str, Any] = {
         "type": "object",
         "properties": {"key": {"type": "string"}, "levels": {"type": ["array", "object"], "minItems": 1}},
         "required": ["key", "levels"],
         "additionalProperties": False,
+    }
+    own_levels = {
+        "type": "object",
+        "properties": {"arms": {"type": "object"}, "levels": by_key["properties"]["levels"]},
+        "required": ["arms", "levels"],
+        "additionalProperties": False,
+    }
+    tuned_by_key = by_key | {
+        "properties": {**by_key["properties"], "in_arms": {"type": "array", "items": own_levels}},
     }
     bundles = {
         "type": "object",
         "not": {"required": ["key"]},
         "additionalProperties": {"anyOf": [{"type": "null"}, {"$ref": "recipe.schema.json"}]},
     }
-    for section in ("factors", "tune"):
-        properties[section]["additionalProperties"] = {"anyOf": [by_key, bundles]}
+    for section, form in (("factors", by_key), ("tune", tuned_by_key)):
+        properties[section]["additionalProperties"] = {"anyOf": [form, bundles]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Finegrid study",
@@ -154,6 +164,7 @@ SECTIONS = {
     "data_config.truncation": Truncation,
     "data_config.limits": Limits,
     "evaluation": Evaluation,
+    "early_stopping": EarlyStopping,
 }
 STUDY_EXAMPLE = """\
 ```yaml
@@ -165,7 +176,12 @@ factors:
     key: peft_config.r
     levels: [8, 64]
 tune:
-  learning_rate: {key: training_args.learning_rate, levels: [2.0e-5, 2.0e-4, 2.0e-3]}
+  learning_rate:                       # searched inside each arm, on the validation loss …
+    key: training_args.learning_rate
+    levels: [1.0e-4, 2.0e-4, 4.0e-4]
+    in_arms:                           # … in a range of its own where an arm needs one
+      - {arms: {method: full}, levels: [1.0e-5, 2.0e-5, 4.0e-5]}
+effective_batch_size: 32               # the accumulation is solved for
 exclude: [{method: full}]              # a rank means nothing to full fine-tuning …
 include: [{method: full}]              # … which stays, once, without one
 seeds: [0, 1, 2]

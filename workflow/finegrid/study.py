@@ -6,19 +6,22 @@
       x seeds                        -> runs: one training each, named by a hash of its settings
 
 A run's id hangs on its own settings and on nothing else of the study: a new level, factor or seed renames no run that
-stays as it is. Two arms that come to the same settings share the run.
+stays as it is. Two arms that come to the same settings share the run. An accumulation that `effective_batch_size` asks
+for stands in the settings as if it had been written there.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finegrid.errors import UserError, nearest
 from finegrid.fingerprint import short_hash
+from finegrid.library_keys import library_keys
 from finegrid.settings import (
     RunSettings,
     check_recipe,
@@ -34,6 +37,9 @@ from finegrid.yaml_file import read_yaml
 
 METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "loss")
 DESIGNS = ("grid", "one-at-a-time", "list")
+ACCUMULATION = "training_args.gradient_accumulation_steps"
+FORM = "key: …, levels: […]"
+IN_ARMS = "{arms: {factor: level}, levels: [...]}"
 LABELS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "ia3": "IA3", "qia3": "QIA3"}
 
 # The study file, key by key, in the form of library_keys; config/README.md and the schema are made from it.
@@ -50,7 +56,8 @@ STUDY_KEYS: dict[str, dict[str, Any]] = {
     "tune": {
         "types": ["dict"],
         "help": "Factors of the same form that are searched inside each arm; the level with the lowest validation "
-        "loss stands for the arm.",
+        "loss stands for the arm. In the form with `key`, `in_arms: [{arms: {factor: level}, levels: [...]}]` gives "
+        "some arms levels of their own; the last that fits an arm counts.",
     },
     "design": {
         "types": ["str"],
@@ -64,7 +71,25 @@ STUDY_KEYS: dict[str, dict[str, Any]] = {
         "help": "Arms to add, `{factor: level}` each; a factor left out stays as in the recipe.",
     },
     "exclude": {"types": ["list"], "help": "Arms to leave out: all that have the named levels."},
+    "effective_batch_size": {
+        "types": ["int"],
+        "ge": 1,
+        "help": "Rows of one optimiser step in every run; `training_args.gradient_accumulation_steps` is solved for: "
+        "this / (`per_device_train_batch_size` × `gpus`).",
+    },
     "seeds": {"types": ["list[int]"], "help": "One run for each; sets `training_args.seed` and `data_seed`."},
+    "hardware": {
+        "types": ["dict"],
+        "help": "What the study is planned for, instead of `hardware` in config.yaml; changes no run's name.",
+        "fields": {
+            "gpus": {
+                "types": ["list"],
+                "help": "GPUs at hand, smallest first: names that `finegrid fit --help` tells, or "
+                "`{name: …, memory: 24GB, bf16_tflops: …}`; an empty list is the CPU. A run is planned for the first "
+                "that it fits on.",
+            },
+        },
+    },
     "labels": {"types": ["dict"], "help": "Names of levels in figures and tables, by level name."},
     "compare": {
         "types": ["dict"],
@@ -102,11 +127,30 @@ class Level:
 
 
 @dataclass(frozen=True)
+class ArmLevels:
+    """Levels of a tuned factor for the arms that have the named levels, by factor."""
+
+    arms: Mapping[str, str]
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True)
 class Factor:
-    """Something that a study varies."""
+    """Something that a study varies. A tuned factor may have other levels in some arms."""
 
     name: str
     levels: tuple[Level, ...]
+    in_arms: tuple[ArmLevels, ...] = ()
+
+    def levels_in(self, arm: Mapping[str, str]) -> tuple[Level, ...]:
+        """Return the levels for an arm, given as level names by factor; the last entry that fits counts."""
+        fitting = [entry.levels for entry in self.in_arms if entry.arms.items() <= arm.items()]
+        return fitting[-1] if fitting else self.levels
+
+    @property
+    def all_levels(self) -> tuple[Level, ...]:
+        """The levels of every arm."""
+        return self.levels + tuple(level for entry in self.in_arms for level in entry.levels)
 
 
 @dataclass(frozen=True)
@@ -152,7 +196,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, resolved: `runs` are trained, `base_runs` only evaluated; `base_arms` hold the latter."""
+    """A study, resolved: `runs` are trained, `base_runs` only evaluated; `base_arms` hold the latter.
+
+    `hardware` are its GPUs as the file names them, none of them for the CPU; None leaves it to config.yaml.
+    """
 
     name: str
     title: str
@@ -167,6 +214,7 @@ class Study:
     base_arms: tuple[Arm, ...]
     runs: tuple[Run, ...]
     base_runs: tuple[Run, ...]
+    hardware: tuple[str | Mapping[str, Any], ...] | None = None
     notes: tuple[str, ...] = ()
     _by_id: Mapping[str, Run] = field(default_factory=dict, repr=False, compare=False)
 
@@ -205,12 +253,15 @@ def load_study(path: Path, project: Path) -> Study:
     factors = _factors(file, "factors", findings)
     tune = _factors(file, "tune", findings)
     seeds = _seeds(file, findings)
+    hardware = _hardware(file, findings)
     _check_keys_once(factors, tune, seeds, findings)
+    _check_accumulation(file, factors + tune, findings)
     findings.stop()
 
     combinations = _combinations(file, factors, findings)
+    tune = _levels_in_arms(file, tune, factors, combinations, findings)
     findings.stop()
-    cells = _resolve_cells(combinations, tune, base, project, findings)
+    cells = _resolve_cells(combinations, tune, base, file.get("effective_batch_size"), project, findings)
     if not cells:
         findings.stop()
     runs, arms = _runs(cells, seeds)
@@ -234,6 +285,7 @@ def load_study(path: Path, project: Path) -> Study:
         base_arms=base_arms,
         runs=runs,
         base_runs=base_runs,
+        hardware=hardware,
         notes=tuple(dict.fromkeys(findings.notes)),
         _by_id={run.id: run for run in (*base_runs, *runs)},
     )
@@ -282,6 +334,31 @@ def _seeds(file: Mapping[str, Any], findings: Findings) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def _hardware(file: Mapping[str, Any], findings: Findings) -> tuple | None:
+    gpus = (file.get("hardware") or {}).get("gpus")
+    for number, entry in enumerate(gpus or ()):
+        if not isinstance(entry, (str, Mapping)):
+            findings.problem(
+                f"hardware.gpus[{number}]",
+                f"{show(entry)} found; expected a GPU's name, or {{name: …, memory: 24GB, bf16_tflops: …}}",
+            )
+    return None if gpus is None else tuple(gpus)
+
+
+def _check_accumulation(file: Mapping[str, Any], factors: Iterable[Factor], findings: Findings) -> None:
+    """An effective batch size decides the accumulation: a level that sets it too would be overwritten in silence."""
+    wanted = file.get("effective_batch_size")
+    if wanted is None:
+        return
+    for factor in factors:
+        if any(ACCUMULATION in _leaves(level.settings) for level in factor.all_levels):
+            findings.problem(
+                "effective_batch_size",
+                f"{wanted} found, and '{factor.name}' sets '{ACCUMULATION}'; expected one of them: the accumulation "
+                "follows from the effective batch size, so vary 'training_args.per_device_train_batch_size' instead",
+            )
+
+
 # --- factors ---
 
 
@@ -311,7 +388,7 @@ def _bundle_levels(value: Mapping, key: str, labels: Mapping, findings: Findings
             findings.problem(
                 f"{key}.{name}",
                 f"{show(bundle)} found; expected a bundle of settings such as {{training_args.seed: 1}}, "
-                "or the form 'key: …, levels: […]' for the whole factor",
+                f"or the form '{FORM}' for the whole factor",
             )
             continue
         check_recipe(bundle or {}, _inside(findings, f"{key}.{name}."))
@@ -321,22 +398,32 @@ def _bundle_levels(value: Mapping, key: str, labels: Mapping, findings: Findings
 
 
 def _key_levels(name: str, value: Mapping, key: str, labels: Mapping, findings: Findings) -> list[Level] | None:
-    for extra in value.keys() - {"key", "levels"}:
-        findings.problem(f"{key}.{extra}", f"'{extra}' is unknown here{nearest(extra, ('key', 'levels'))}")
-    setting, given = value["key"], value.get("levels")
+    tuned = key.startswith("tune.")
+    allowed = ("key", "levels", "in_arms") if tuned else ("key", "levels")
+    for extra in sorted(value.keys() - set(allowed)):
+        hint = "; only a tuned factor has it" if extra == "in_arms" else nearest(extra, allowed)
+        findings.problem(f"{key}.{extra}", f"'{extra}' is unknown here{hint}")
+    setting = value["key"]
     if not isinstance(setting, str) or not is_setting(setting):
         hint = suggestion(setting) if isinstance(setting, str) else "; expected a dotted key"
         findings.problem(f"{key}.key", f"'{setting}' is no setting{hint}")
         return None
+    return _levels_of_key(name, setting, value.get("levels"), f"{key}.levels", labels, findings)
+
+
+def _levels_of_key(
+    name: str, setting: str, given: Any, key: str, labels: Mapping, findings: Findings
+) -> list[Level] | None:
+    """Return the levels of one setting, given as a list of values or by name; None with a problem at `key`."""
     if isinstance(given, list) and given:
         given = {level_name(item): item for item in given} if _distinct(given, key, findings) else {}
     if not isinstance(given, Mapping) or not given:
-        if findings.fine(f"{key}.levels"):
-            findings.problem(f"{key}.levels", f"{show(given)} found; expected a list of values")
+        if findings.fine(key):
+            findings.problem(key, f"{'nothing' if given is None else show(given)} found; expected a list of values")
         return None
     levels = []
     for level, item in given.items():
-        check_recipe({setting: item}, _inside(findings, f"{key}.levels '{level}': "))
+        check_recipe({setting: item}, _inside(findings, f"{key} '{level}': "))
         label = str(labels.get(level, f"{name.replace('_', ' ')} {level}"))
         levels.append(Level(str(level), label, expand_dotted({setting: item})))
     return levels
@@ -345,7 +432,7 @@ def _key_levels(name: str, value: Mapping, key: str, labels: Mapping, findings: 
 def _distinct(values: list, key: str, findings: Findings) -> bool:
     names = [level_name(value) for value in values]
     for twice in sorted({name for name in names if names.count(name) > 1}):
-        findings.problem(f"{key}.levels", f"'{twice}' is given twice; expected different values")
+        findings.problem(key, f"'{twice}' is given twice; expected different values")
     return len(set(names)) == len(names)
 
 
@@ -471,6 +558,46 @@ def _check_arm_names(combinations: list[Combination], findings: Findings) -> Non
             findings.problem("factors", f"an arm comes to the name '{name}', which is the untrained model's")
 
 
+def _levels_in_arms(
+    file: Mapping[str, Any],
+    tune: tuple[Factor, ...],
+    factors: tuple[Factor, ...],
+    combinations: list[Combination],
+    findings: Findings,
+) -> tuple[Factor, ...]:
+    """Return the tuned factors with the levels that some arms have of their own."""
+    labels = file.get("labels") or {}
+    arms = [{name: level.name for name, level in combination.items()} for combination in combinations]
+    complete_factors = []
+    for factor in tune:
+        given = file["tune"][factor.name]
+        entries = given.get("in_arms", []) if "key" in given else []
+        key = f"tune.{factor.name}.in_arms"
+        if not isinstance(entries, list):
+            findings.problem(key, f"{show(entries)} found; expected a list of {IN_ARMS}")
+            entries = []
+        own = []
+        for number, entry in enumerate(entries):
+            place = f"{key}[{number}]"
+            if not isinstance(entry, Mapping) or set(entry) != {"arms", "levels"}:
+                findings.problem(place, f"{_keys(entry)} found; expected {IN_ARMS}")
+                continue
+            named = _named(entry["arms"], f"{place}.arms", factors, findings)
+            levels = _levels_of_key(factor.name, given["key"], entry["levels"], f"{place}.levels", labels, findings)
+            if not named or not levels:
+                continue
+            wanted = {name: level.name for name, level in named.items()}
+            if not any(wanted.items() <= arm.items() for arm in arms) and not findings.problems:
+                findings.problem(f"{place}.arms", f"{wanted} fits no arm; expected levels that an arm of the study has")
+            own.append(ArmLevels(wanted, tuple(levels)))
+        complete_factors.append(replace(factor, in_arms=tuple(own)))
+    return tuple(complete_factors)
+
+
+def _keys(entry: Any) -> str:
+    return f"a mapping with {', '.join(entry) or 'no keys'}" if isinstance(entry, Mapping) else show(entry)
+
+
 # --- runs ---
 
 
@@ -492,12 +619,16 @@ class _Cell:
 
 
 def _resolve_cells(
-    combinations: list[Combination], tune: tuple[Factor, ...], base: Mapping, project: Path, findings: Findings
+    combinations: list[Combination],
+    tune: tuple[Factor, ...],
+    base: Mapping,
+    effective: int | None,
+    project: Path,
+    findings: Findings,
 ) -> list[_Cell]:
     cells = []
-    searched = list(itertools.product(*(factor.levels for factor in tune)))
-    for combination, levels in itertools.product(combinations, searched):
-        tuned = dict(zip([factor.name for factor in tune], levels, strict=True))
+    batches = _Batches(effective)
+    for combination, tuned in _searched(combinations, tune):
         chosen = combination | tuned
         merged = dict(base)
         for level in chosen.values():
@@ -505,13 +636,77 @@ def _resolve_cells(
         _check_survival(chosen, merged, findings)
         name = arm_name(combination)
         inner = Findings(f"{findings.place}: arm {name}" if name else findings.place)
-        settings = complete(check_recipe(merged, inner), project, inner)
+        checked = check_recipe(merged, inner)
+        if effective:
+            batches.solve(checked, name)
+        settings = complete(checked, project, inner)
         findings.problems += inner.problems
         # The same for every arm, mostly: told once, for the study.
         findings.notes += [note.replace(inner.place, findings.place, 1) for note in inner.notes]
         if settings is not None:
             cells.append(_Cell(combination, tuned, settings, _evaluation_side(chosen)))
+    batches.tell(findings)
     return cells
+
+
+def _searched(combinations: list[Combination], tune: tuple[Factor, ...]) -> Iterator[tuple[Combination, Combination]]:
+    """Yield each arm with each combination of its tuned levels."""
+    for combination in combinations:
+        arm = {name: level.name for name, level in combination.items()}
+        for levels in itertools.product(*(factor.levels_in(arm) for factor in tune)):
+            yield combination, dict(zip([factor.name for factor in tune], levels, strict=True))
+
+
+@dataclass
+class _Batches:
+    """Solves for the accumulation of each arm, and remembers what there is to tell."""
+
+    effective: int | None
+    arms: dict[tuple[int, int], list[str]] = field(default_factory=dict)  # by per-device batch and GPUs
+    overridden: set[int] = field(default_factory=set)
+    changing: list[str] = field(default_factory=list)
+
+    def solve(self, checked: dict[str, Any], arm: str) -> None:
+        """Set the accumulation in the settings of an arm, if there is a whole one."""
+        default = library_keys()["training_args"]["per_device_train_batch_size"]["default"]
+        arguments = dict(checked.get("training_args") or {})
+        if not isinstance(arguments.get("per_device_train_batch_size", 1), int):
+            return  # told as what it is
+        batch = arguments.get("per_device_train_batch_size", default)
+        gpus = checked.get("gpus") if isinstance(checked.get("gpus"), int) else 1
+        self.arms.setdefault((batch, gpus), []).append(arm)
+        if arguments.get("auto_find_batch_size"):
+            self.changing.append(arm)
+        if self.effective % (batch * gpus):
+            return
+        accumulation = self.effective // (batch * gpus)
+        written = arguments.get("gradient_accumulation_steps", accumulation)
+        if written != accumulation:
+            self.overridden.add(written)
+        checked["training_args"] = arguments | {"gradient_accumulation_steps": accumulation}
+
+    def tell(self, findings: Findings) -> None:
+        """Say which arms can't have the effective batch size, and what was overridden."""
+        key = "effective_batch_size"
+        if self.changing:
+            findings.problem(
+                key,
+                f"{self.effective} found, and training_args.auto_find_batch_size, which may halve the batch; "
+                "expected one of them",
+            )
+        common = math.lcm(*(batch * gpus for batch, gpus in self.arms))
+        for (batch, gpus), arms in self.arms.items():
+            if self.effective % (batch * gpus):
+                where = f" of {_few(list(dict.fromkeys(arms)))}" if any(arms) else ""
+                below = self.effective // common * common
+                near = f"{below} or {below + common}" if below else f"{common}, or a smaller batch per device"
+                findings.problem(
+                    key,
+                    f"{self.effective} found, but it is no multiple of the {batch * gpus} rows that are trained at "
+                    f"once{where} (per_device_train_batch_size {batch} × gpus {gpus}); nearest possible: {near}",
+                )
+        for written in sorted(self.overridden):
+            findings.note(key, f"{self.effective} decides; '{ACCUMULATION}: {written}' is overridden")
 
 
 def _check_survival(chosen: Combination, merged: Mapping[str, Any], findings: Findings) -> None:
@@ -615,7 +810,12 @@ def _base_runs(runs: tuple[Run, ...], arms: tuple[Arm, ...]) -> tuple[tuple[Run,
         first = members[0]
         kept = {"use_cpu"} & first.settings.training_args.keys()
         settings = first.settings.model_copy(
-            update={"training_args": {key: first.settings.training_args[key] for key in kept}, "peft_config": None}
+            update={
+                "training_args": {key: first.settings.training_args[key] for key in kept},
+                "peft_config": None,
+                "gpus": 1,
+                "early_stopping": None,
+            }
         )
         name = names[base_id]
         base_runs.append(
