@@ -152,7 +152,8 @@ def test_unknown_model_is_asked_of_the_hub_and_its_failure_is_no_error(tmp_path,
 
     server = HTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    url = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
     try:
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         assert model_config(hub_model("some/known", "e" * 40), tmp_path) == (
