@@ -1,0 +1,198 @@
+"""What the plan counts, against what transformers, accelerate and a real training count and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finegrid.arithmetic import training_arithmetic
+from finegrid.settings import RunSettings
+from token_rows import random_rows, write_tokens
+
+ROWS = 22
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+def recipe(gpus: int = 1, peft_config: dict | None = None, data: dict | None = None, **arguments) -> RunSettings:
+    return RunSettings(
+        model={"model_name_or_path": "data/models/tiny"},
+        data_config={"train_file": "train.jsonl", "val_file": "val.jsonl"} | (data or {}),
+        peft_config=peft_config,
+        training_args={"use_cpu": True, "per_device_train_batch_size": 4} | arguments,
+        gpus=gpus,
+    )
+
+
+def count(rows: int | None = ROWS, gpus: int = 1, **arguments) -> dict:
+    known = (rows, 10 * rows, 30 * rows) if rows is not None else (None, None, None)
+    return training_arithmetic(recipe(gpus, **arguments), *known)
+
+
+# --- steps, epochs and batches ---
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop_last"), [(rows, False) for rows in (1, 7, 8, 9, 31, 100)] + [(rows, True) for rows in (4, 7, 9, 100)]
+)
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 3.0}, {"num_train_epochs": 0.4}])
+def test_steps_and_epochs_are_the_trainers(rows, drop_last, accumulation, length, tmp_path):
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    given = {"gradient_accumulation_steps": accumulation, "dataloader_drop_last": drop_last, **length}
+    data = torch.utils.data.TensorDataset(torch.zeros(rows))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=4, **given
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=data)
+    theirs = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    ours = count(rows, **given)
+    assert ours["steps"] == theirs[-1]
+    assert ours["effective_batch_size"] == theirs[4]
+    assert ours["epochs"] == pytest.approx(theirs[-1] / theirs[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 15, 16, 17, 50])
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_several_gpus_share_the_rows_as_accelerate_deals_them(rows, gpus, drop_last):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    shards = [
+        list(BatchSamplerShard(BatchSampler(range(rows), 4, drop_last), gpus, process)) for process in range(gpus)
+    ]
+    ours = count(rows, gpus=gpus, dataloader_drop_last=drop_last, num_train_epochs=1)
+    assert {len(shard) for shard in shards} == {ours["steps"]}
+    assert ours["label_tokens"] == 10 * sum(len(batch) for shard in shards for batch in shard)
+    assert ours["effective_batch_size"] == 4 * gpus
+
+
+def test_a_batch_is_the_product_of_its_three_factors():
+    ours = count(gpus=8, gradient_accumulation_steps=3, max_steps=1)
+    parts = ("per_device_train_batch_size", "gpus", "gradient_accumulation_steps", "effective_batch_size")
+    assert [ours[key] for key in parts] == [4, 8, 3, 96]
+
+
+def test_rows_that_make_no_whole_batch_train_nothing():
+    assert count(3, dataloader_drop_last=True, max_steps=5)["steps"] == 0
+    assert count(3, dataloader_drop_last=True, num_train_epochs=1)["label_tokens"] == 0
+
+
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.01, 0.999, 1, 7])
+def test_warmup_is_transformers(warmup, tmp_path):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup, use_cpu=True)
+    assert count(max_steps=30, warmup_steps=warmup)["warmup_steps"] == args.get_warmup_steps(30)
+
+
+def test_tokens_of_whole_and_part_epochs():
+    # 10 rows, batch 4: 3 steps an epoch, the last one of 2 rows; 10 label tokens and 30 tokens a row.
+    assert [count(10, max_steps=steps)["label_tokens"] for steps in (3, 6, 5)] == [100, 200, 180]
+    assert count(10, max_steps=5)["tokens"] == 540
+
+
+def test_a_stream_says_what_is_unknown():
+    ours = training_arithmetic(recipe(data={"streaming": True}, max_steps=50, warmup_steps=0.1), None, None, None)
+    assert (ours["steps"], ours["warmup_steps"], ours["effective_batch_size"]) == (50, 5, 4)
+    assert set(ours["unknown"]) == {"epochs", "train_rows", "label_tokens", "tokens"}
+    assert set(ours["unknown"].values()) == {"a stream's rows are counted when the data stage has read them"}
+
+
+def test_uncounted_rows_leave_the_steps_of_an_epoch_open():
+    ours = count(None, num_train_epochs=2, warmup_steps=0.1, eval_strategy="epoch")
+    assert {"steps", "warmup_steps", "checkpoints", "evaluations"} < set(ours["unknown"])
+    assert count(None, num_train_epochs=2, warmup_steps=5, save_strategy="no")["warmup_steps"] == 5
+
+
+# --- a real training ---
+
+SAVES = {"save_strategy": "steps", "save_steps": 4}
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 3}
+BEST = {"load_best_model_at_end": True}
+CASES = {
+    "nothing": {"max_steps": 5, "save_strategy": "no"},
+    "steps": {"max_steps": 10} | SAVES | EVALUATES,
+    "a last step that is due": {"max_steps": 12} | SAVES | EVALUATES,
+    "longer than the run": {"max_steps": 3, "save_steps": 50, "eval_strategy": "steps", "eval_steps": 50},
+    "shares": {"max_steps": 10, "save_steps": 0.25, "eval_strategy": "steps", "eval_steps": 0.3},
+    "evaluations where it logs": {"max_steps": 7, "eval_strategy": "steps", "logging_steps": 2, "save_strategy": "no"},
+    "delayed": {"max_steps": 7, "eval_delay": 4, "save_strategy": "no"} | EVALUATES,
+    "delayed past the end": {"max_steps": 7, "eval_delay": 40, "save_strategy": "no"} | EVALUATES,
+    "epochs": {"num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch"},
+    "part epochs": {"num_train_epochs": 1.5, "save_strategy": "epoch", "eval_strategy": "epoch", "eval_delay": 1},
+    "steps of epochs": {"max_steps": 7, "save_strategy": "epoch", "eval_strategy": "epoch"},
+    "the best of epochs": {"num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch"} | BEST,
+    "the best of steps": {"max_steps": 8, "save_steps": 3} | EVALUATES | BEST,
+}
+
+
+class Written:
+    """Counts what a training does: rows of checkpoints and passes over the validation split."""
+
+    def __init__(self, monkeypatch):
+        from finegrid.training.trainer import LabelTokenTrainer
+
+        self.checkpoints: list[dict[str, int]] = []  # of each: file name to bytes
+        self.validations = 0
+        save, validate = LabelTokenTrainer._save_checkpoint, LabelTokenTrainer.validation_loss
+
+        def saved(trainer, *args, **options):
+            save(trainer, *args, **options)
+            folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+            self.checkpoints.append({file.name: file.stat().st_size for file in folder.iterdir()})
+
+        def validated(trainer, rows):
+            self.validations += 1
+            return validate(trainer, rows)
+
+        monkeypatch.setattr(LabelTokenTrainer, "_save_checkpoint", saved)
+        monkeypatch.setattr(LabelTokenTrainer, "validation_loss", validated)
+
+
+@pytest.fixture
+def written(monkeypatch) -> Written:
+    return Written(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    validation = random_rows(3, seed=1, split="validation")
+    return write_tokens(tmp_path_factory.mktemp("tokens"), train=random_rows(ROWS), validation=validation)
+
+
+def train(settings: RunSettings, tokens: Path, model: Path, folder: Path) -> dict:
+    from finegrid.training.train import train as run
+
+    names = ("output", "history", "summary", "checkpoints")
+    return run(settings, tokens=tokens, model=model, **{name: folder / name for name in names})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_does_what_was_counted(name, written, tokens, tiny_model_dir, tmp_path):
+    settings = recipe(peft_config=LORA, learning_rate=1e-3, gradient_accumulation_steps=2, **CASES[name])
+    rows = random_rows(ROWS)
+    label_tokens = sum(len(row["labels"]) - row["prompt_length"] for row in rows)
+    ours = training_arithmetic(settings, ROWS, label_tokens, sum(len(row["input_ids"]) for row in rows))
+    summary = train(settings, tokens, tiny_model_dir, tmp_path)
+    assert ours["unknown"] == {}
+    assert summary["steps"] == ours["steps"]
+    assert summary["epochs"] == pytest.approx(ours["epochs"], abs=1e-3)
+    assert summary["effective_batch_size"] == ours["effective_batch_size"]
+    assert len(written.checkpoints) == ours["checkpoints"]
+    best_was_loaded = any("the best by validation loss" in note for note in summary["notes"])
+    assert written.validations == ours["evaluations"] + best_was_loaded
+    if ours["steps"] % 3 == 0:  # whole epochs
+        assert summary["label_tokens"] == ours["label_tokens"]
+        assert summary["tokens"] == ours["tokens"]
+    else:
+        assert summary["label_tokens"] == pytest.approx(ours["label_tokens"], rel=0.3)
+
+
+def test_without_validation_rows_nothing_is_evaluated(written, tokens, tiny_model_dir, tmp_path):
+    alone = write_tokens(tmp_path / "tokens", train=random_rows(ROWS), validation=[])
+    settings = recipe(data={"val_file": None, "test_file": "test.jsonl"}, max_steps=2, save_strategy="no")
+    train(settings, alone, tiny_model_dir, tmp_path / "run")
+    assert written.validations == training_arithmetic(settings, ROWS, None, None)["evaluations"] == 0

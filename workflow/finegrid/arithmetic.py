@@ -1,0 +1,171 @@
+"""What a run does, counted before it starts: batch, steps, epochs, warmup, tokens, evaluations, checkpoints, disk.
+
+Everything is counted as transformers' Trainer counts it, with what :mod:`finegrid.training.train` adds: a validation
+before the first step and after the last one, and no checkpoint at the end that nobody would resume from. Read by the
+plan; nothing here needs torch, data or weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finegrid.settings import RunSettings
+
+
+def training_arithmetic(
+    settings: RunSettings, rows: int | None, label_tokens: int | None, tokens: int | None
+) -> dict[str, Any]:
+    """Return what training will do, as plain numbers; None where it can't be known yet, then `unknown` says why.
+
+    Args:
+        settings: the run's settings.
+        rows: rows of the train split; None if they are not counted yet (a stream).
+        label_tokens: label tokens of the train split, once through.
+        tokens: all tokens of the train split, once through, without padding.
+
+    Returns:
+        ``per_device_train_batch_size``, ``gpus``, ``gradient_accumulation_steps`` and ``effective_batch_size``, their
+        product, in rows; ``steps`` of the optimiser, ``warmup_steps`` of them, ``epochs``; ``train_rows``;
+        ``label_tokens`` and ``tokens`` seen over the run (exact for whole epochs on one GPU; for a part of an epoch,
+        and for the rows that several GPUs repeat to fill the last batch, the rows' share); ``evaluations`` of the
+        validation split, the one before the first step and the one after the last included; ``checkpoints`` written;
+        ``unknown``: the reason for each None. With early stopping all are the most there can be. A run that loads its
+        best model at its end evaluates it once more, unless the best is the last.
+
+    Sources: ``Trainer.set_initial_training_values``, ``TrainerState.compute_steps``, ``DefaultFlowCallback``,
+    ``TrainingArguments.get_warmup_steps`` of transformers 5.23; ``BatchSamplerShard`` of accelerate 1.15.
+    """
+    facts: dict[str, Any] = batch_sizes(settings)
+    per_epoch = steps_per_epoch(settings, rows)
+    steps = total_steps(settings, per_epoch)
+    seen = _rows_seen(settings, rows, steps, per_epoch)
+    facts |= {
+        "steps": steps,
+        "epochs": None if None in (steps, per_epoch) else round(steps / max(per_epoch, 1), 4),
+        "warmup_steps": warmup_steps(settings, steps),
+        "train_rows": rows,
+        "label_tokens": _share(label_tokens, seen, rows),
+        "tokens": _share(tokens, seen, rows),
+        "checkpoints": checkpoints(settings, steps, per_epoch),
+        "evaluations": evaluations(settings, steps, per_epoch),
+    }
+    return facts | {"unknown": {key: _reason(key, settings) for key, value in facts.items() if value is None}}
+
+
+def batch_sizes(settings: RunSettings) -> dict[str, int]:
+    """Return the rows of one optimiser step, ``effective_batch_size``, and its three factors."""
+    batch = settings.training_arg("per_device_train_batch_size")
+    accumulation = settings.training_arg("gradient_accumulation_steps")
+    return {
+        "per_device_train_batch_size": batch,
+        "gpus": settings.gpus,
+        "gradient_accumulation_steps": accumulation,
+        "effective_batch_size": batch * settings.gpus * accumulation,
+    }
+
+
+def steps_per_epoch(settings: RunSettings, rows: int | None) -> int | None:
+    """Return the optimiser steps of one pass over `rows`; 0 if `dataloader_drop_last` leaves no batch."""
+    if rows is None:
+        return None
+    at_once = settings.training_arg("per_device_train_batch_size") * settings.gpus
+    batches = rows // at_once if settings.training_arg("dataloader_drop_last") else math.ceil(rows / at_once)
+    return math.ceil(batches / settings.training_arg("gradient_accumulation_steps"))
+
+
+def total_steps(settings: RunSettings, per_epoch: int | None) -> int | None:
+    """Return the optimiser steps of the whole run; 0 if an epoch has none."""
+    if per_epoch == 0:
+        return 0
+    steps = settings.training_arg("max_steps")
+    if steps > 0:
+        return steps
+    return None if per_epoch is None else math.ceil(settings.training_arg("num_train_epochs") * per_epoch)
+
+
+def warmup_steps(settings: RunSettings, steps: int | None) -> int | None:
+    """Return the steps of the learning rate's warmup; `warmup_steps` below 1 is a share of all steps."""
+    warmup = settings.training_arg("warmup_steps")
+    if warmup >= 1:
+        return int(warmup)
+    return None if steps is None else math.ceil(steps * warmup)
+
+
+def interval(settings: RunSettings, kind: str, steps: int) -> int:
+    """Return after how many steps something happens again: `kind` is ``logging``, ``eval`` or ``save``.
+
+    Below 1 it is a share of all steps; `eval_steps` that isn't given follows `logging_steps`.
+    """
+    every = settings.training_arg(f"{kind}_steps") or settings.training_arg("logging_steps")
+    return max(math.ceil(steps * every) if every < 1 else int(every), 1)
+
+
+def evaluations(settings: RunSettings, steps: int | None, per_epoch: int | None) -> int | None:
+    """Return how often the validation split is evaluated over the run; 0 if there is none."""
+    if not has_validation(settings):
+        return 0
+    strategy, delay = settings.training_arg("eval_strategy"), settings.training_arg("eval_delay") or 0
+    if strategy == "no":
+        return 2  # before the first step and after the last
+    if steps is None or (strategy == "epoch" and not per_epoch):
+        return None
+    if strategy == "steps":
+        every = interval(settings, "eval", steps)
+        due = [step for step in (*range(every, steps + 1, every), steps) if step >= delay]
+    else:
+        ends = (*range(per_epoch, steps + 1, per_epoch), steps)
+        due = [step for step in ends if step / per_epoch >= delay]
+    # transformers evaluates the last step too; if the delay forbids it, the end of train() does.
+    return 1 + len({*due, steps})
+
+
+def checkpoints(settings: RunSettings, steps: int | None, per_epoch: int | None) -> int | None:
+    """Return how many checkpoints are written over the run, those that `save_total_limit` removes again included."""
+    strategy = settings.training_arg("save_strategy")
+    if strategy == "no":
+        return 0
+    if steps is None or strategy == "best" or (strategy == "epoch" and not per_epoch):
+        return None
+    if strategy == "epoch":
+        return math.ceil(steps / per_epoch)
+    every = interval(settings, "save", steps)
+    # The last step's is spared unless it is due anyway, or may be the best.
+    last = steps % every > 0 and settings.training_arg("load_best_model_at_end")
+    return steps // every + bool(last)
+
+
+def has_validation(settings: RunSettings) -> bool:
+    """Return whether the data has a validation split."""
+    data = settings.data_config
+    return bool(data.val_file or data.validation_size or (data.dataset and data.dataset.validation_split))
+
+
+def _rows_seen(settings: RunSettings, rows: int | None, steps: int | None, per_epoch: int | None) -> int | None:
+    if None in (rows, steps, per_epoch):
+        return None
+    sizes = batch_sizes(settings)
+    in_epoch = rows
+    at_once = sizes["per_device_train_batch_size"] * sizes["gpus"]
+    if settings.training_arg("dataloader_drop_last"):
+        in_epoch = rows // at_once * at_once
+    elif sizes["gpus"] > 1:
+        # accelerate starts over with the first rows until every process has a full batch.
+        in_epoch = math.ceil(rows / at_once) * at_once
+    whole, part = divmod(steps, per_epoch) if per_epoch else (0, 0)
+    return whole * in_epoch + min(part * sizes["effective_batch_size"], in_epoch)
+
+
+def _share(tokens: int | None, seen: int | None, rows: int | None) -> int | None:
+    if None in (tokens, seen, rows):
+        return None
+    return round(tokens * seen / rows) if rows else 0
+
+
+def _reason(key: str, settings: RunSettings) -> str:
+    if key == "checkpoints" and settings.training_arg("save_strategy") == "best":
+        return "save_strategy 'best' saves at each new best, at most once an evaluation"
+    if settings.data_config.streaming:
+        return "a stream's rows are counted when the data stage has read them"
+    return "the training rows are not counted yet"
