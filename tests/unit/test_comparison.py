@@ -242,6 +242,17 @@ def test_the_level_is_chosen_on_validation_and_an_edge_is_told(tmp_path):
     assert "0.002" in edge[0]["mend"]
 
 
+def test_comparison_names_the_content_of_all_that_figures_are_drawn_from(tmp_path):
+    study = make_results(tmp_path)
+    given = inputs(study) | {"histories": sorted(study.glob("history/*.csv"))}
+    seen = [compare(**given)["inputs"]]
+    for kind in ("metrics", "predictions", "training", "histories"):
+        path = given[kind][-1]
+        path.write_text(path.read_text("utf-8") + "\n", "utf-8")
+        seen.append(compare(**given)["inputs"])
+    assert len(set(seen)) == 5
+
+
 def test_selection_does_not_read_the_test_split(tmp_path):
     study = make_results(tmp_path, levels=2)
     before = compare(**inputs(study))["selected"]

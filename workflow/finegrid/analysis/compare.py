@@ -19,6 +19,7 @@ from finegrid.analysis import comparison
 from finegrid.analysis.scores import METRICS, Plan, Run, Scores, load_plan, load_scores, load_training
 from finegrid.errors import UserError
 from finegrid.files import write_json, write_text
+from finegrid.fingerprint import file_hash, short_hash
 
 COSTS = ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters")
 LOWER_IS_BETTER = frozenset({"loss"})
@@ -41,6 +42,7 @@ def compare(
     predictions: list[Path],
     output: Path,
     training: Iterable[Path] = (),
+    histories: Iterable[Path] = (),
     resamples: int = 10_000,
 ) -> dict:
     """Compare the arms of a study and write the three files of the comparison into `output`.
@@ -51,6 +53,7 @@ def compare(
         predictions: `runs/<run>/predictions.jsonl` of every planned run.
         output: folder of `arms.tsv`, `comparisons.tsv`, `comparison.json`; made if need be.
         training: `training/<run>.json` summaries, for the costs; runs without one have empty cost columns.
+        histories: `history/<run>.csv`, which figures are drawn from; only their content is named here.
         resamples: of the bootstrap.
 
     Returns:
@@ -59,6 +62,7 @@ def compare(
     Raises:
         UserError: runs are missing, were not scored on the same examples, or lack the metric that is compared.
     """
+    training = list(training)
     wanted = load_plan(plan)
     scores = load_scores(wanted, metrics, predictions)
     summaries = load_training(training)
@@ -87,12 +91,22 @@ def compare(
         "metrics_version": next(iter(scores.metrics.values())).get("metrics_version"),
         "selected": {arm: _selection(chosen[arm], levels[arm]) for arm in levels},
         "statistics": _statistics(resamples, differences),
+        "inputs": _content([*metrics, *predictions, *training, *histories]),
         "findings": _findings(wanted, levels, chosen, scores, arms, differences),
     }
     write_text(output / "arms.tsv", _tsv(arms))
     write_text(output / "comparisons.tsv", _tsv(differences))
     write_json(output / "comparison.json", _finite(result))
     return result
+
+
+def _content(files: Iterable[Path]) -> str:
+    """Return a hash of files, in any order.
+
+    Figures, tables and report read these files too but wait for `comparison.json` alone: it changes whenever one of
+    them does, and Snakemake need not follow thousands of files into every figure.
+    """
+    return short_hash(sorted([path.parent.name, path.name, file_hash(path)] for path in files))
 
 
 # ---------------------------------------------------------------------------------------------- tuned levels
