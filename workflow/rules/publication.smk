@@ -1,13 +1,13 @@
 # Publication: figures, tables, numbers and the report, from the small files that git tracks.
+#
+# They read metrics, summaries and histories of the runs as well, but wait for the comparison alone: it names the
+# content of all of these, so it changes with them, and no figure has thousands of inputs.
 
 
 rule figure:
     input:
         rules.compare.output,
         plan="results/{study}/plan.json",
-        metrics=all_metrics,
-        summaries=all_summaries,
-        histories=all_histories,
         data=study_token_reports,
     output:
         report(
@@ -36,8 +36,6 @@ rule study_tables:
     input:
         rules.compare.output,
         plan="results/{study}/plan.json",
-        metrics=all_metrics,
-        summaries=all_summaries,
     output:
         report(
             "results/{study}/tables/arms.csv",
@@ -62,9 +60,6 @@ rule study_report:
     input:
         rules.compare.output,
         plan="results/{study}/plan.json",
-        metrics=all_metrics,
-        predictions=all_predictions,
-        summaries=all_summaries,
         data=study_token_reports,
         figures=study_figures,
         tables=study_tables,
