@@ -465,40 +465,6 @@ def test_a_strangers_file_in_the_scratch_folder_is_left_alone(tokens, tiny_model
     assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
 
 
-# ---------------------------------------------------------------- several processes
-
-
-TRAIN = """
-import json, sys
-from pathlib import Path
-from finegrid.settings import RunSettings
-from finegrid.training.train import train
-
-settings, tokens, model, folder = sys.argv[1:]
-folder = Path(folder)
-train(RunSettings(**json.loads(settings)), Path(tokens), Path(model), folder / "adapter", folder / "history.csv",
-      folder / "summary.json", folder / "scratch" / "run")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(tiny_model_dir, tmp_path):
-    tokens = write_tokens(tmp_path / "tokens", train=random_rows(32), validation=VALIDATION)
-    script = tmp_path / "train_a_run.py"
-    script.write_text(TRAIN)
-    both = recipe(save_strategy="steps", save_steps=4, gradient_accumulation_steps=1, max_grad_norm=0.2)
-    arguments = [both.model_dump_json(), tokens, tiny_model_dir, tmp_path / "two"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run([*map(str, torchrun + arguments)], capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    run(recipe(max_grad_norm=0.2), tokens, tiny_model_dir, tmp_path / "one")
-    one, two = read_history(tmp_path / "one"), read_history(tmp_path / "two")
-    for column in ("step", "loss", "grad_norm", "eval_loss", "label_tokens", "tokens"):
-        found, expected = ([row[column] for row in rows if row[column] is not None] for rows in (two, one))
-        assert found == pytest.approx(expected, rel=1e-5), column
-    assert json.loads((tmp_path / "two/summary.json").read_text())["effective_batch_size"] == 8
-
-
 # ---------------------------------------------------------------- refusals
 
 

@@ -21,6 +21,7 @@ import typer
 from finegrid import layout
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
+from finegrid.training import launch
 
 if TYPE_CHECKING:
     from finegrid.study import Run, Study
@@ -156,10 +157,15 @@ def show_plan(study: StudyName) -> None:
 def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
     """Train one run; goes on from its last checkpoint if it was stopped."""
     with _stage(f"train {run}", log) as progress:
-        from finegrid.training.train import train
-
         the_study = _study(study)
         the_run = the_study.run(run)
+        worker = launch.this_worker()
+        if worker is None and launch.is_needed(the_run.settings):
+            os.environ["FINEGRID_SCRATCH"] = str(scratch)
+            launch.start(the_run.settings, ["train", study, run, *(["--log", str(log)] if log else [])], progress)
+            return
+        from finegrid.training.train import train
+
         results = layout.RESULTS / the_study.name
         train(
             the_run.settings,
@@ -171,8 +177,11 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
             checkpoints=scratch / the_study.name / run,
             progress=progress,
         )
-        write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
-        _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
+        if worker is None or worker.rank == 0:
+            write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
+            _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
+        if worker is not None:
+            launch.leave()
 
 
 @app.command()
@@ -214,6 +223,7 @@ def compare(study: StudyName, log: Log = None) -> None:
             metrics=[results / "metrics" / f"{run}.json" for run in runs],
             predictions=[results / "runs" / run / "predictions.jsonl" for run in runs],
             training=[results / "training" / f"{run.id}.json" for run in the_study.runs],
+            histories=[results / "history" / f"{run.id}.csv" for run in the_study.runs],
             output=results / "comparison",
         )
 
@@ -284,14 +294,16 @@ def _stage(name: str, log: Path | None) -> Iterator[Progress]:
     A user's mistake ends the process with status 1 and its message in both places; any other exception leaves its
     traceback in the log and one line with the log's path on the terminal.
     """
+    worker = launch.this_worker()
+    if worker is not None:
+        with _worker_stage(worker, log) as progress:
+            yield progress
+        return
     if log is None:
         yield lambda line: print(f"{name}: {line}", flush=True)
         return
-    log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    with log.open("a", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _print_to(log)
 
     def progress(line: str) -> None:
         print(f"{name}: {line}", file=terminal, flush=True)
@@ -308,6 +320,28 @@ def _stage(name: str, log: Path | None) -> Iterator[Progress]:
         traceback.print_exc()
         print(f"{name}: {type(error).__name__}: {error}; the traceback is in {log}", file=terminal, flush=True)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _worker_stage(worker: launch.Worker, log: Path | None) -> Iterator[Progress]:
+    """The same for one of several processes: its launcher has the terminal, and hears from it what is to be said."""
+    if log is not None:
+        _print_to(log)
+    try:
+        yield worker.say
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        worker.fail(error)
+        raise SystemExit(1 if isinstance(error, UserError) else 2) from None
+
+
+def _print_to(log: Path) -> None:
+    """Send the process's output and errors, those of compiled libraries too, to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _print_problems(error: UserError, file) -> None:

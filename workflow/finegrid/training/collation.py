@@ -52,3 +52,17 @@ class Collator:
         for number, row in enumerate(rows):
             padded[number, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
         return padded
+
+
+def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return a batch in which only the first ``count`` rows carry loss and are counted; its shape stays."""
+    kept = batch["positions"] < count * batch["input_ids"].shape[1]
+    labels = batch["labels"].clone()
+    labels[count:] = IGNORED
+    return batch | {
+        "labels": labels,
+        "positions": batch["positions"][kept],
+        "targets": batch["targets"][kept],
+        "ids": batch["ids"][:count],
+        "tokens": int(batch["attention_mask"][:count].sum()),
+    }

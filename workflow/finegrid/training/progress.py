@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -20,6 +20,18 @@ class Flow(TrainerCallback):
             due = state.save_steps > 0 and state.global_step % state.save_steps == 0
             if args.save_strategy == SaveStrategy.STEPS and not due and not args.load_best_model_at_end:
                 control.should_save = False
+        return control
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends a run whose validation loss stopped falling; a resumed run remembers how long ago that was."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.early_stopping_patience_counter = kept["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True  # the checkpoint is the one that it stopped at
         return control
 
 

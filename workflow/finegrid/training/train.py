@@ -35,13 +35,14 @@ if not torch.cuda.is_available():
 import transformers
 from datasets import Dataset
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 
 from finegrid.errors import UserError
 from finegrid.files import write_json
-from finegrid.training.history import HistoryFile, history_rows, peak_memory_mb, write_history
+from finegrid.training.history import HistoryFile, history_rows, write_history
 from finegrid.training.model import attach_adapter, load_base
-from finegrid.training.progress import Flow, ProgressLines
+from finegrid.training.progress import EarlyStopping, Flow, ProgressLines
 from finegrid.training.trainer import LabelTokenTrainer, is_complete
 
 if TYPE_CHECKING:
@@ -98,10 +99,14 @@ def train(
     args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes)
     identity = _identity(settings, tokens, model)
     with args.main_process_first(desc="look for checkpoints"):
-        checkpoint = find_checkpoint(checkpoints, identity, notes)
+        checkpoint = find_checkpoint(checkpoints, identity, notes, args.world_size)
     args.eval_on_start = checkpoint is None and len(validation) > 0
 
     progress("loading the model")
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()  # transformers doesn't on the CPU, and ZeRO 3 divides the weights as they load
     set_seed(args.seed)
     base = load_base(settings, model, args.device)
     notes += getattr(base, "loading_notes", [])
@@ -138,8 +143,7 @@ def training_arguments(
     }
     if values.get("deepspeed") and "RANK" not in os.environ:
         raise UserError(
-            "training_args.deepspeed: DeepSpeed needs a launcher, also for one process; "
-            "start this command as `torchrun --nproc-per-node 1 -m finegrid.cli train …`"
+            "training_args.deepspeed: DeepSpeed needs torchrun, also for one process; `finegrid train` starts it itself"
         )
     values |= OURS | {"output_dir": str(checkpoints)}
     if not torch.accelerator.is_available():
@@ -164,8 +168,13 @@ def training_arguments(
         args = Seq2SeqTrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training_args: {error}") from error
+    if args.world_size != settings.gpus:
+        raise UserError(
+            f"gpus: the recipe asks for {settings.gpus}, but {args.world_size} processes train; expected as many, "
+            "since each has per_device_train_batch_size rows (`finegrid train` starts them itself)"
+        )
     if args.n_gpu > 1:
-        notes.append(f"1 of {args.n_gpu} visible GPUs was used: several need torchrun")
+        notes.append(f"1 of {args.n_gpu} visible GPUs was used: the recipe asks for no more")
         args._n_gpu = 1
     return args
 
@@ -173,7 +182,7 @@ def training_arguments(
 # ---------------------------------------------------------------- resuming
 
 
-def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str]) -> Path | None:
+def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str], processes: int = 1) -> Path | None:
     """Return the last complete checkpoint that belongs to the same run, or None; what can't be used is removed.
 
     Args:
@@ -189,7 +198,7 @@ def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str
     if found and known != identity:
         changed = ", ".join(name for name in identity if known.get(name) != identity[name])
         notes.append(f"started anew: the checkpoints at hand were of other {changed}")
-    complete = [folder for folder in found if known == identity and is_complete(folder)]
+    complete = [folder for folder in found if known == identity and is_complete(folder, processes)]
     for folder in found:
         if folder not in complete:
             shutil.rmtree(folder, ignore_errors=True)
@@ -198,7 +207,8 @@ def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str
 
 
 def _identity(settings: RunSettings, tokens: Path, model: Path) -> dict[str, str]:
-    parts = settings.model_dump(include={"model", "training_args", "peft_config", "quantization_config"}, mode="json")
+    sections = {"model", "training_args", "peft_config", "quantization_config", "gpus", "early_stopping"}
+    parts = settings.model_dump(include=sections, mode="json")
     deepspeed = settings.training_args.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
         parts["deepspeed"] = json.loads(Path(deepspeed).read_text())
@@ -259,6 +269,8 @@ def _trainer(
         # Else nothing before the first adapter requires a gradient, and reentrant checkpointing gives none.
         model.enable_input_require_grads()
     callbacks = [Flow(), HistoryFile(checkpoints / "history.csv")]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStopping(settings.early_stopping.patience, settings.early_stopping.threshold))
     try:
         trainer = LabelTokenTrainer(model, args, rows, validation if len(validation) else None, callbacks=callbacks)
     except (ImportError, RuntimeError) as error:
@@ -318,7 +330,7 @@ def _summary(
         "tokens": counters.tokens,
         "train_seconds": round(counters.seconds, 3),
         "tokens_per_second": round(counters.tokens / counters.seconds, 2) if counters.seconds else None,
-        "peak_memory_mb": round(peak_memory_mb(args.device), 1),
+        "peak_memory_mb": round(trainer.peak_memory_mb(), 1),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "device": _device_name(args.device),
@@ -336,6 +348,9 @@ def _summary(
 
 def _parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters; one packed in 4 bits counts as one."""
+    if is_deepspeed_zero3_enabled():  # each process holds a part of them
+        sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in model.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
     if hasattr(model, "get_nb_trainable_parameters"):
         return model.get_nb_trainable_parameters()
     return model.num_parameters(only_trainable=True), model.num_parameters()
@@ -368,6 +383,7 @@ def _write_weights(settings: RunSettings, trainer: LabelTokenTrainer, model: Pat
     if main:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(half))  # by every process: sharded weights are gathered
     if not main:
         return

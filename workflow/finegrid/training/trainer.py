@@ -4,6 +4,8 @@ Schedulers, optimisers, checkpoints, trackers and launchers are the Trainer's ow
 
 - The loss of an optimiser step is the mean over **all label tokens of its accumulation window** (the last, partial
   window of an epoch and several processes included), so 8x1, 4x2 and 2x4 batches train alike.
+- Several processes see each row of an epoch once: the rows that Accelerate repeats to fill the last batches carry no
+  loss.
 - Logged losses are means over the label tokens since the last log row, and carry the run's cumulative label tokens,
   tokens, seconds and peak memory.
 - The validation loss is the sum of all losses over all label tokens, never a mean of batch means.
@@ -24,9 +26,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finegrid.training.collation import Collator
+from finegrid.training.collation import Collator, first_rows
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import find_head, label_logits, sum_of_losses
@@ -103,15 +106,28 @@ class LabelTokenTrainer(Trainer):
         )
         self.counters = Counters()
         self.notes: list[str] = []
-        self.head, note = (None, "all logits are computed: torch_compile") if args.torch_compile else find_head(model)
-        if note:
-            self.notes.append(note)
+        self.head: torch.nn.Module | None = None
+        if args.torch_compile:
+            self.notes.append("all logits are computed: torch_compile")
+        elif not is_deepspeed_zero3_enabled():
+            self._look_for_head(model)
         if args.label_smoothing_factor:
             self.notes.append("`loss` and `train_loss` are the smoothed loss; the validation loss is not smoothed")
         self.last_loss: float | None = None
         self._clock: float | None = None
         self._losses: list[torch.Tensor] = []
         self._batches: list[dict[str, Any]] = []
+
+    def _look_for_head(self, model: torch.nn.Module) -> None:
+        self.head, note = find_head(model)
+        if note:
+            self.notes.append(note)
+
+    def _prepare_for_training(self, *args, **options):
+        prepared = super()._prepare_for_training(*args, **options)
+        if is_deepspeed_zero3_enabled() and self.head is None and not self.args.torch_compile:
+            self._look_for_head(self.model_wrapped)  # before it was wrapped, no process had all weights
+        return prepared
 
     # ---------------------------------------------------------------- the loss of a step
 
@@ -128,6 +144,21 @@ class LabelTokenTrainer(Trainer):
             loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the micro-batches of the next window and its label tokens."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and batches:
+            batches[-1] = self._without_repeated(batches[-1])
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Take the loss from the rows which only fill the last batch: the epoch's first rows, once more."""
+        size = self._train_batch_size
+        left = len(self.train_dataset) % (size * self.args.world_size)
+        if not left or self.args.dataloader_drop_last:
+            return batch
+        return first_rows(batch, min(max(left - self.args.process_index * size, 0), size))
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Return the label tokens of the window; of all processes unless ``average_tokens_across_devices`` is off."""
         if not batch_samples:
@@ -135,7 +166,7 @@ class LabelTokenTrainer(Trainer):
         count = torch.tensor(sum(batch["targets"].numel() for batch in batch_samples), device=device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             count = self.accelerator.reduce(count, "sum")
-        return count
+        return count.clamp(min=1)  # a process may have none of the last window's rows
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one micro-batch; remembers what belongs to the window."""
@@ -158,8 +189,11 @@ class LabelTokenTrainer(Trainer):
         label_tokens = sum(batch["targets"].numel() for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(torch.tensor([label_tokens, tokens], device=losses.device), "sum")
-            label_tokens, tokens = counts.tolist()
+            bad = int(not losses.isfinite().all())
+            counts = self.accelerator.reduce(torch.tensor([label_tokens, tokens, bad], device=losses.device), "sum")
+            label_tokens, tokens, bad = counts.tolist()
+            if bad:  # all processes stop, with the rows of the one that met it
+                self._check_everywhere(losses.tolist(), [batch["ids"] for batch in batches])
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=losses.device).reshape(1)
         # The step's only wait for the device.
         *losses, norm = torch.cat([losses, norm.to(losses.dtype)]).tolist()
@@ -171,6 +205,12 @@ class LabelTokenTrainer(Trainer):
             loss = self.accelerator.reduce(torch.tensor(loss, device=self.args.device), "mean").item()
         self.counters.add(loss, label_tokens, tokens)
         self.last_loss = loss
+
+    def _check_everywhere(self, losses: list[float], batches: list[list[str]]) -> None:
+        found: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(found, list(zip(losses, batches, strict=True)))
+        together = [pair for part in found for pair in part]
+        check_step(self.state.global_step + 1, *zip(*together, strict=True))
 
     # ---------------------------------------------------------------- validation
 
@@ -219,6 +259,13 @@ class LabelTokenTrainer(Trainer):
             return self.accelerator.unwrap_model(self.model).disable_adapter()
         return contextlib.nullcontext()
 
+    def peak_memory_mb(self) -> float:
+        """Return the peak of memory so far in MiB, of the process that needed most; to be called by all of them."""
+        peak = torch.tensor(peak_memory_mb(self.args.device), device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+        return peak.item()
+
     # ---------------------------------------------------------------- log, clock and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -244,8 +291,8 @@ class LabelTokenTrainer(Trainer):
         return result
 
     def _run_epoch(self, *args, **options):
-        # The Trainer makes one step too many when it resumes from the last step's checkpoint.
-        if self.state.global_step >= self.state.max_steps:
+        # The Trainer makes one step too many when it resumes from the last step's checkpoint, or from an early stop's.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
@@ -267,10 +314,11 @@ class LabelTokenTrainer(Trainer):
         self._clock = now if go_on and self._clock is not None else None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end and can be resumed.
+def is_complete(checkpoint: Path, processes: int = 1) -> bool:
+    """Return whether a checkpoint was written to its end and can be resumed by as many processes.
 
-    The Trainer writes ``trainer_state.json`` last; the optimiser's state is missing under ``save_only_model``.
+    The first process writes ``trainer_state.json`` last, while another may still be about to write its random state;
+    the optimiser's state is missing under ``save_only_model``.
     """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -278,6 +326,7 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     whole = all(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    whole &= processes == 1 or len(list(checkpoint.glob("rng_state_*.pth"))) == processes
     return whole and state["global_step"] == int(checkpoint.name.rpartition("-")[2]) and _has_optimiser(checkpoint)
 
 
