@@ -98,6 +98,11 @@ def detected() -> list[Gpu]:
     return [found for line in answer.splitlines() if (found := _of_smi(line))]
 
 
+def name_of(device: str) -> str:
+    """Return the table's name of the card that torch and nvidia-smi call ``device``; another name as it is."""
+    return next((key for key, card in _table().items() if re.search(card["pattern"], device, re.IGNORECASE)), device)
+
+
 @cache
 def _table() -> dict[str, dict[str, Any]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
