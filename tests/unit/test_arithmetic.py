@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from finegrid.arithmetic import training_arithmetic
+from finegrid.arithmetic import checkpoint_bytes, disk, output_bytes, training_arithmetic
+from finegrid.memory import shape_of
 from finegrid.settings import RunSettings
 from token_rows import random_rows, write_tokens
 
@@ -196,3 +198,51 @@ def test_without_validation_rows_nothing_is_evaluated(written, tokens, tiny_mode
     settings = recipe(data={"val_file": None, "test_file": "test.jsonl"}, max_steps=2, save_strategy="no")
     train(settings, alone, tiny_model_dir, tmp_path / "run")
     assert written.validations == training_arithmetic(settings, ROWS, None, None)["evaluations"] == 0
+
+
+# --- disk ---
+
+DTYPES = {"full": "float32", "full in 16 bits": "bfloat16", "lora": "float32", "lora on 16 bits": "bfloat16"}
+KINDS = {
+    "full": recipe(),
+    "full in 16 bits": recipe(),
+    "lora": recipe(peft_config=LORA),
+    "lora on 16 bits": recipe(peft_config=LORA | {"r": 16}),
+    "dora": recipe(peft_config=LORA | {"use_dora": True}),
+    "adafactor": recipe(optim="adafactor"),
+    "sgd": recipe(optim="sgd"),
+    "weights alone": recipe(save_only_model=True),
+}
+
+
+def with_dtype(settings: RunSettings, dtype: str) -> RunSettings:
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_as_large_as_was_counted(kind, written, tokens, tiny_model_dir, tmp_path):
+    settings = with_dtype(KINDS[kind], DTYPES.get(kind, "float32"))
+    settings = settings.model_copy(update={"training_args": settings.training_args | {"max_steps": 2, "save_steps": 2}})
+    train(settings, tokens, tiny_model_dir, tmp_path)
+    shape = shape_of(json.loads((tiny_model_dir / "config.json").read_text()))
+    assert checkpoint_bytes(settings, shape) == pytest.approx(sum(written.checkpoints[0].values()), rel=0.05)
+    weights = next((tmp_path / "output").glob("*.safetensors"))
+    assert output_bytes(settings, shape) == pytest.approx(weights.stat().st_size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written", "held"),
+    [
+        ({}, 7, 7),
+        ({"save_total_limit": 2}, 7, 3),
+        ({"save_total_limit": 2}, 1, 1),
+        ({"save_total_limit": 1, "load_best_model_at_end": True}, 7, 3),
+        ({"save_strategy": "best"}, None, None),
+        ({"save_strategy": "best", "save_total_limit": 1}, None, 2),
+        ({"save_strategy": "no"}, 0, 0),
+    ],
+)
+def test_scratch_holds_the_checkpoints_that_are_not_yet_removed(arguments, written, held, tiny_model_dir):
+    shape = shape_of(json.loads((tiny_model_dir / "config.json").read_text()))
+    space = disk(recipe(**arguments), shape, written)
+    assert space["disk_bytes"] == (None if held is None else held * space["checkpoint_bytes"])

@@ -10,8 +10,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from finegrid.memory import optimiser_bytes, trainable_parameters, trained_tensors, zero_partitioning
+
 if TYPE_CHECKING:
+    from finegrid.memory import Shape
     from finegrid.settings import RunSettings
+
+# Measured on transformers 5.23's files: training arguments, scheduler, random state, trainer's state and configs, in
+# every checkpoint; peft's card; what stands around a tensor in safetensors and around its states in optimizer.pt.
+SMALL_FILES, ADAPTER_FILES = 24_000, 6_000
+TENSOR, STATES = 125, 850
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def training_arithmetic(
@@ -134,6 +143,74 @@ def checkpoints(settings: RunSettings, steps: int | None, per_epoch: int | None)
     # The last step's is spared unless it is due anyway, or may be the best.
     last = steps % every > 0 and settings.training_arg("load_best_model_at_end")
     return steps // every + bool(last)
+
+
+def checkpoint_bytes(settings: RunSettings, shape: Shape) -> int:
+    """Return the size of one checkpoint, in bytes: weights or adapter, optimiser, and what is needed to go on.
+
+    With DeepSpeed the optimiser's files hold 32-bit master weights and two moments, those of stages 1 and 2 the whole
+    model once more beside them.
+
+    Raises:
+        UserError: the DeepSpeed file can't be read.
+    """
+    size = output_bytes(settings, shape) + SMALL_FILES
+    if settings.peft_config is not None:
+        size += ADAPTER_FILES
+    if settings.training_arg("save_only_model"):
+        return size
+    zero = _zero(settings)
+    itemsize = _itemsize(settings)
+    if zero.stage:
+        partitions = 12 * trainable_parameters(settings, shape)
+        if zero.stage == 3:
+            return size + partitions
+        again = shape.parameters * (2 if zero.half else ITEMSIZE[settings.model.dtype])
+        tied = shape.vocabulary * shape.hidden * itemsize if shape.tied and settings.peft_config is None else 0
+        return size + partitions + again + tied  # DeepSpeed's state has tied weights under both of their names
+    states = optimiser_bytes(settings, shape, itemsize)
+    return size + states + (STATES * _count(settings, shape) if states else 0)
+
+
+def output_bytes(settings: RunSettings, shape: Shape) -> int:
+    """Return the size of what the run leaves in its results, in bytes: an adapter, or a model without its tokenizer."""
+    return trainable_parameters(settings, shape) * _itemsize(settings) + TENSOR * _count(settings, shape)
+
+
+def disk(settings: RunSettings, shape: Shape, checkpoints: int | None) -> dict[str, int | None]:
+    """Return ``checkpoint_bytes`` of one checkpoint, ``disk_bytes`` of all that lie in scratch at once at most, and
+    ``output_bytes``.
+
+    Args:
+        checkpoints: how many are written over the run; None if that can't be known, then `disk_bytes` is known only
+            with a `save_total_limit`.
+    """
+    one, limit = checkpoint_bytes(settings, shape), settings.training_arg("save_total_limit")
+    kept = math.inf
+    if limit:
+        # The oldest goes when the newest is there; the best stays beside the last.
+        kept = max(limit, 2 if settings.training_arg("load_best_model_at_end") else 1) + 1
+    most = min(math.inf if checkpoints is None else checkpoints, kept)
+    return {
+        "checkpoint_bytes": one,
+        "disk_bytes": None if most == math.inf else one * most,
+        "output_bytes": output_bytes(settings, shape),
+    }
+
+
+def _zero(settings: RunSettings) -> Any:
+    return zero_partitioning(settings, "cpu" if settings.training_arg("use_cpu") else "cuda")
+
+
+def _itemsize(settings: RunSettings) -> int:
+    """Return the bytes of a trained element as it is saved: adapters are kept in 32 bits, whatever the base has."""
+    if _zero(settings).half:
+        return 2
+    return ITEMSIZE[settings.model.dtype] if settings.peft_config is None else 4
+
+
+def _count(settings: RunSettings, shape: Shape) -> int:
+    return sum(count for count, _, _ in trained_tensors(settings, shape))
 
 
 def has_validation(settings: RunSettings) -> bool:

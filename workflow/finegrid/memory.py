@@ -155,6 +155,26 @@ def trainable_parameters(settings: RunSettings, shape: Shape) -> int:
     return sum(count * rows * max(columns, 1) for count, rows, columns in _adaptation(settings, shape).tensors)
 
 
+def trained_tensors(settings: RunSettings, shape: Shape) -> Matrices:
+    """Return the trained tensors as (how many, rows, columns); columns are 0 for a vector."""
+    return _adaptation(settings, shape).tensors
+
+
+def optimiser_bytes(settings: RunSettings, shape: Shape, itemsize: int) -> int:
+    """Return the bytes of the optimiser's states over all GPUs, of parameters of `itemsize` bytes an element."""
+    optim = str(settings.training_args.get("optim") or "adamw_torch")
+    return round(_optimiser(optim, trained_tensors(settings, shape), itemsize, "cpu")[0])
+
+
+def zero_partitioning(settings: RunSettings, device: str) -> Zero:
+    """Return how the run's DeepSpeed configuration divides a model; stage 0 without one.
+
+    Raises:
+        UserError: the file that ``training_args.deepspeed`` names can't be read.
+    """
+    return _zero(settings, device, None)
+
+
 # ---------------------------------------------------------------- what is trained
 
 Matrices = tuple[tuple[int, int, int], ...]  # (how many, rows, columns); columns 0: a vector
