@@ -149,7 +149,8 @@ def _raise_what_happened(folder: Path, failures: dict[int, int], processes: int)
             raise UserError(*report["problems"])
     for report in found:
         raise ProcessFailed(f"process {report['rank'] + 1} of {processes}: {report['error']}")
-    rank, code = min(failures.items())
+    # torchrun ends the others when one has failed.
+    rank, code = min(failures.items(), key=lambda failure: failure[1] == -signal.SIGTERM)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     hint = "; out of memory?" if code == -signal.SIGKILL else ""
     raise ProcessFailed(f"process {rank + 1} of {processes} {how}{hint}")
