@@ -444,6 +444,8 @@ def test_mistakes_in_the_hardware_are_told(problems):
     )
     assert "hardware.gpus: the text 'a100' found; expected a list" in problems({"hardware": {"gpus": "a100"}})[0]
     assert "hardware.gpus[0]: 3 found; expected a GPU's name" in problems({"hardware": {"gpus": [3]}})[0]
+    assert "did you mean 'rtx-4090'?" in problems({"hardware": {"gpus": ["rtx-490"]}})[0]
+    assert "hardware.gpus[0]: memory '24'" in problems({"hardware": {"gpus": [{"name": "mine", "memory": 24}]}})[0]
 
 
 # --- early stopping ---

@@ -21,6 +21,7 @@ from typing import Any
 
 from finegrid.errors import UserError, nearest
 from finegrid.fingerprint import short_hash
+from finegrid.gpus import gpu
 from finegrid.library_keys import library_keys
 from finegrid.settings import (
     RunSettings,
@@ -337,11 +338,17 @@ def _seeds(file: Mapping[str, Any], findings: Findings) -> tuple[int, ...]:
 def _hardware(file: Mapping[str, Any], findings: Findings) -> tuple | None:
     gpus = (file.get("hardware") or {}).get("gpus")
     for number, entry in enumerate(gpus or ()):
+        key = f"hardware.gpus[{number}]"
         if not isinstance(entry, (str, Mapping)):
             findings.problem(
-                f"hardware.gpus[{number}]",
-                f"{show(entry)} found; expected a GPU's name, or {{name: …, memory: 24GB, bf16_tflops: …}}",
+                key, f"{show(entry)} found; expected a GPU's name, or {{name: …, memory: 24GB, bf16_tflops: …}}"
             )
+            continue
+        try:
+            gpu(entry)
+        except UserError as error:
+            for problem in error.problems:
+                findings.problem(key, problem)
     return None if gpus is None else tuple(gpus)
 
 
