@@ -130,10 +130,8 @@ def _of_smi(line: str) -> Gpu | None:
     if not mebibytes.strip().isdigit():  # a card in slices (MIG) or one that fell off the bus shows [N/A]
         return None
     memory = int(mebibytes) * MIB
-    for key, card in _table().items():
-        if re.search(card["pattern"], name.strip(), re.IGNORECASE):
-            return _of_table(key, memory=memory)
-    return Gpu(name.strip(), memory)
+    key = name_of(name.strip())
+    return _of_table(key, memory) if key in _table() else Gpu(key, memory)
 
 
 def _described(entry: Mapping[str, Any]) -> Gpu:
