@@ -16,6 +16,7 @@ import torch
 from finegrid.errors import UserError
 from finegrid.settings import RunSettings
 from finegrid.training import progress as progress_module
+from finegrid.training import train as train_module
 from finegrid.training.model import load_base, load_trained
 from finegrid.training.train import train
 from token_rows import plain_loss, random_rows, write_tokens
@@ -36,7 +37,9 @@ def a_line_each_step(monkeypatch):
     monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
 
 
-def recipe(peft_config=None, quantization_config=None, dtype="float32", **training_args) -> RunSettings:
+def recipe(
+    peft_config=None, quantization_config=None, dtype="float32", early_stopping=None, **training_args
+) -> RunSettings:
     defaults = {
         "use_cpu": True,
         "max_steps": 6,
@@ -52,6 +55,7 @@ def recipe(peft_config=None, quantization_config=None, dtype="float32", **traini
         model={"model_name_or_path": "data/models/tiny", "dtype": dtype},
         peft_config=peft_config,
         quantization_config=quantization_config,
+        early_stopping=early_stopping,
         training_args=defaults | training_args,
     )
 
@@ -316,6 +320,34 @@ def test_the_best_weights_are_kept_if_the_recipe_says_so(tokens, tiny_model_dir,
     assert trained[0] / trained[1] == pytest.approx(result["best_eval_loss"], abs=1e-5)
 
 
+# An overshooting learning rate: the best evaluation is an early one.
+STOPPING = {
+    "early_stopping": {"patience": 3},
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "max_steps": 40,
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def test_a_run_that_stops_improving_ends_early_with_its_best_weights(tokens, tiny_model_dir, tmp_path):
+    settings = recipe(LORA, **STOPPING)
+    result = run(settings, tokens, tiny_model_dir, tmp_path)
+    losses = [row["eval_loss"] for row in read_history(tmp_path) if row["eval_loss"] is not None][1:]
+    best = losses.index(min(losses)) + 1
+    assert best + 3 == result["steps"] == len(losses) < 40
+    assert result["notes"] == [
+        f"stopped early after step {best + 3} of 40: no lower validation loss in 3 evaluations",
+        f"the weights are those of step {best}, the best by validation loss",
+    ]
+    trained = plain_loss(load_trained(settings, tiny_model_dir, tmp_path / "adapter", "cpu"), VALIDATION)
+    assert trained[0] / trained[1] == pytest.approx(min(losses), abs=1e-5)
+
+
 # ---------------------------------------------------------------- resuming
 
 
@@ -423,6 +455,30 @@ def test_a_run_stopped_after_its_last_step_only_finishes(tokens, tiny_model_dir,
     assert_equal_weights(weights(tmp_path / "stopped"), weights(expected))
 
 
+@pytest.mark.parametrize("patience_left", [2, 0])
+def test_a_resumed_run_stops_early_where_it_would_have(
+    tokens, tiny_model_dir, tmp_path, undisturbed, monkeypatch, patience_left
+):
+    settings = recipe(LORA, **STOPPING)
+    expected, summary = undisturbed(settings)
+    step = summary["steps"] - patience_left
+
+    def stop(*ignored) -> None:
+        if (tmp_path / f"stopped/scratch/run/checkpoint-{step}/trainer_state.json").exists():
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        if not patience_left:  # between the last step and the first file of the results nothing is said
+            patch.setattr(train_module, "_final_evaluation", stop)
+        with pytest.raises(Stopped):
+            run(settings, tokens, tiny_model_dir, tmp_path / "stopped", stop)
+    resumed = run(settings, tokens, tiny_model_dir, tmp_path / "stopped")
+    assert resumed["resumed_from"] == step
+    assert resumed["steps"] == summary["steps"]
+    assert numbers(tmp_path / "stopped") == numbers(expected)
+    assert_equal_weights(weights(tmp_path / "stopped"), weights(expected))
+
+
 @pytest.mark.parametrize("damage", ["cut state", "no state", "empty weights", "no optimiser"])
 def test_a_half_written_checkpoint_is_passed_over(tokens, tiny_model_dir, tmp_path, undisturbed, damage):
     settings = recipe(LORA, **CHECKPOINTED)
@@ -509,13 +565,14 @@ def test_missing_tokens_are_an_error(tiny_model_dir, tmp_path):
     ("settings", "message"),
     [
         (recipe(LORA, deepspeed="zero3.json"), "torchrun"),
+        (recipe(LORA).model_copy(update={"gpus": 2}), "gpus: the recipe asks for 2, but 1 processes train"),
         (recipe(LORA, bf16=True, fp16=True), "training_args: At most one of fp16 and bf16"),
         (recipe(LORA, metric_for_best_model="rouge"), "metric_for_best_model: 'rouge'"),
         (recipe({"target_modules": ["nonesuch"]}), "peft_config: does not fit the model"),
         (recipe({"peft_type": "LORRA"}), "did you mean 'LORA'"),
         (recipe(None, NF4), "quantised weights can't be trained"),
     ],
-    ids=["deepspeed", "bf16 and fp16", "metric", "target modules", "peft type", "full nf4"],
+    ids=["deepspeed", "gpus", "bf16 and fp16", "metric", "target modules", "peft type", "full nf4"],
 )
 def test_what_the_libraries_refuse_is_said_with_its_place(tokens, tiny_model_dir, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):

@@ -117,6 +117,11 @@ def train(
     else:
         progress(f"going on from step {_step(checkpoint)}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if settings.early_stopping and trainer.state.global_step < trainer.state.max_steps:
+        notes.append(
+            f"stopped early after step {trainer.state.global_step} of {trainer.state.max_steps}: no lower validation "
+            f"loss in {settings.early_stopping.patience} evaluations"
+        )
     final_loss = _final_evaluation(trainer, notes)
 
     base.config.use_cache = use_cache
