@@ -406,7 +406,7 @@ def test_the_last_entry_that_fits_an_arm_counts(load):
         ([{"arms": {"method": "full"}}], "in_arms[0]: a mapping with arms found; expected {arms"),
         ([{"arms": {"method": "ful"}, "levels": [1]}], "in_arms[0].arms.method: 'ful' is no level of 'method'; did"),
         ([{"arms": {"kind": "full"}, "levels": [1]}], "in_arms[0].arms.kind: 'kind' is no factor"),
-        ([{"arms": {"method": "full"}, "levels": []}], "in_arms[0].levels: the list [] found"),
+        ([{"arms": {"method": "full"}, "levels": []}], "in_arms[0].levels: is empty; expected at least one value"),
         ([{"arms": {"method": "full"}, "levels": ["x"]}], "in_arms[0].levels 'x': training_args.learning_rate: the"),
     ],
 )
@@ -418,7 +418,7 @@ def test_mistakes_in_the_levels_of_some_arms_are_told(problems, in_arms, told):
 def test_levels_for_an_arm_that_was_excluded_are_told(problems):
     change = {"exclude": [{"method": "full"}], "compare": None, "tune": {"lr": RATES | {"in_arms": [
         {"arms": {"method": "full"}, "levels": [1e-5]}]}}}  # fmt: skip
-    assert "{'method': 'full'} fits no arm" in problems(change)[0]
+    assert "{method: full} fits no arm of this study" in problems(change)[0]
 
 
 def test_only_a_tuned_factor_has_levels_of_some_arms(problems):
@@ -559,7 +559,7 @@ def test_a_baseline_that_was_excluded_is_told(problems):
 def test_tuning_needs_validation_rows(problems):
     recipe = RECIPE | {"data_config": {"train_file": "train.jsonl", "test_file": "test.jsonl"}}
     assert any(
-        "tune: chooses on the validation loss" in told for told in problems({"tune": {"lr": LEARNING_RATE}}, recipe)
+        "tune: chooses by the validation loss" in told for told in problems({"tune": {"lr": LEARNING_RATE}}, recipe)
     )
 
 

@@ -26,6 +26,7 @@ UNEQUAL_TOKENS = 0.02  # arms whose label tokens differ by more are told
 EVALUATION_SHARE = 0.20  # of a run's compute that evaluations in its course may take
 WANTED_SHARE = 0.10  # what a proposal brings them down to
 BACKWARD = 3  # forward and backward cost three times a forward
+SMALL_SHARE = 0.2  # of a run's memory, from which the batch is worth making smaller
 NEAR_RATES = 10  # learning rates that lie within this factor are one range
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedules that ignore warmup_steps
 SHOWN = 4  # arms that a finding names
@@ -174,8 +175,8 @@ def _warmup(trained: Sequence[Entry], settings_of: Mapping[str, RunSettings]) ->
     found = []
     for whole, group in long.items():
         worst = max(group, key=lambda run: run["warmup_steps"] / run["steps"])
-        message = f"the warmup takes {worst['warmup_steps']:,} of {_steps([worst])}{_of(group, trained)}: "
-        message += "the learning rate never gets to its full height" if whole else "the rate is low for most of the run"
+        message = f"a warmup of {worst['warmup_steps']:,} steps in a run of {_steps([worst])}{_of(group, trained)}: "
+        message += "the learning rate " + ("never gets to its full height" if whole else "rises for most of the run")
         mend = "give a share of the steps instead, such as warmup_steps: 0.05, or train longer"
         found.append(_finding("error" if whole else "warning", "training_args.warmup_steps", message, mend))
     return found
@@ -222,9 +223,9 @@ def _never_fires(trained: Sequence[Entry], settings_of: Mapping[str, RunSettings
             _finding(
                 "warning" if written else "note",
                 f"training_args.{kind}_steps",
-                f"every {every:,} steps{'' if written else ' (the default)'} is never in {_steps(group)}"
+                f"{every:,}{'' if written else ' (the default)'} is more than the {_steps(group)} of a run"
                 f"{_of(group, trained)}: {consequence[kind]}",
-                f"set {kind}_steps to {max(fewest // 4, 1)}, or to 0.25, four times a run",
+                f"set {kind}_steps to {max(fewest // 4, 1)}, or to 0.25, which is four times a run",
             )
         )
     return found
@@ -262,7 +263,9 @@ def _early_stopping(trained: Sequence[Entry], settings_of: Mapping[str, RunSetti
     stopping = [run for run in trained if settings_of[run["run"]].early_stopping]
     if not stopping:
         return []
-    message = f"steps, tokens, time and disk{_of(stopping, trained)} are the most there can be: they may stop sooner"
+    message = (
+        f"runs may stop sooner{_of(stopping, trained)}: their steps, tokens, time and disk are the most there can be"
+    )
     return [_finding("note", "early_stopping", message, "the report shows the steps that were made")]
 
 
@@ -288,7 +291,7 @@ def _unequal_tuning(study: Study, trained: Sequence[Entry]) -> list[Finding]:
     many = [arm for arm, count in counts.items() if count == most]
     message = (
         f"{_few(many)} {'has' if len(many) == 1 else 'have'} {most} tuned levels to choose the best of, {_few(few)} "
-        f"only {least}: who may try more looks better"
+        f"only {least}: the arm that may try more looks better"
     )
     factors = ", ".join(f"tune.{factor.name}" for factor in study.tune)
     return [
@@ -333,15 +336,15 @@ def _too_small_to_see(
     if examples < 2:
         return []
     smallest = smallest_detectable_difference(metric, examples, seeds)
-    spread = "; the spread of the scores is assumed to be the demo's, until the study has run"
+    spread = " (if scores spread as they did in the demo)"
     sample = f"{examples:,} examples and {seeds} seeds" if seeds > 1 else f"{examples:,} examples and one seed"
     seen = f"{sample} show differences in {metric} from about {smallest:.2g} on"
     if not margin:
         mend = "say with compare.margin which differences matter, and the plan tells how many examples that takes"
-        return [_finding("note", "compare.margin", f"{seen}{spread}", mend)]
+        return [_finding("note", "compare.margin", seen + spread, mend)]
     if smallest <= margin:
         return []
-    message = f"{seen}, but the margin is {margin:g}: smaller ones will be not distinguishable{spread}"
+    message = f"{seen}{spread}, but the margin is {margin:g}: smaller ones will end as not distinguishable"
     return [_finding("warning", "compare.margin", message, _what_would_do(metric, margin, seeds))]
 
 
@@ -382,10 +385,10 @@ def _no_room(
         most = max(group, key=lambda run: run["memory"]["total"])
         members = [run for arm in group for run in groups[arm["arm"]]]
         part = max((key for key in most["memory"] if key not in ("total", "host")), key=lambda key: most["memory"][key])
-        card = f", the largest GPU has {largest.memory / GIB:.1f} GiB ({largest.name})" if largest else ""
+        card = f"; the largest GPU has {largest.memory / GIB:.1f} GiB ({largest.name})" if largest else ""
         message = (
-            f"needs up to {most['memory']['total'] / GIB:.1f} GiB on each GPU{_of(members, trained)}{card}; most of it "
-            f"is {part} ({most['memory'][part] / GIB:.1f} GiB)"
+            f"runs need up to {most['memory']['total'] / GIB:.1f} GiB on each GPU{_of(members, trained)}{card}; most "
+            f"of it is {part} ({most['memory'][part] / GIB:.1f} GiB)"
         )
         found.append(_finding("error", "hardware.gpus", message, mend))
     return found
@@ -397,9 +400,11 @@ def _what_helps(run: Entry, settings: RunSettings) -> str:
     of_batch = memory["activations"] + memory["logits"]
     of_model = memory["weights"] + memory["gradients"] + memory["optimiser"]
     smaller = []
-    if not settings.training_arg("activation_checkpointing"):
+    # Where the model alone is too much, a smaller batch changes nothing.
+    helps = of_batch > SMALL_SHARE * memory["total"]
+    if helps and not settings.training_arg("activation_checkpointing"):
         smaller.append("training_args.activation_checkpointing: true")
-    if batch > 1:
+    if helps and batch > 1:
         accumulation = run["gradient_accumulation_steps"] * batch
         smaller.append(f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {accumulation}")
     lighter = []
@@ -424,7 +429,7 @@ def _estimated(trained: Sequence[Entry], reports: Mapping) -> list[Finding]:
         _finding(
             "note",
             "data_config",
-            f"rows and tokens{_of(group, trained)} are {source}",
+            f"rows and tokens are {source}{_of(group, trained)}",
             "they become exact when the data stage has run",
         )
         for source, group in groups.items()
@@ -459,7 +464,7 @@ def _of(group: Sequence[Entry], trained: Sequence[Entry]) -> str:
     if runs == every:
         return ""
     arms = list(dict.fromkeys(run["arm"] for run in group))
-    return f" in {len(runs)} of {len(every)} runs ({_few(arms)})"
+    return f", in {len(runs)} of {len(every)} runs ({_few(arms)})"
 
 
 def _few(arms: Sequence[str]) -> str:

@@ -814,7 +814,9 @@ def _check_early_stopping(values: dict, findings: Findings) -> None:
     if "patience" not in values["early_stopping"]:
         findings.problem("early_stopping.patience", "is missing; expected a number of evaluations, 3 is a start")
     if arguments.get("eval_strategy", "no") == "no":
-        findings.problem("early_stopping", "needs evaluations to stop by; expected eval_strategy 'steps' or 'epoch'")
+        findings.problem(
+            "early_stopping", "needs evaluations to stop by; set training_args.eval_strategy to 'steps' or 'epoch'"
+        )
     elif not arguments.get("load_best_model_at_end"):
         findings.problem(
             "early_stopping",

@@ -266,9 +266,10 @@ def load_study(path: Path, project: Path) -> Study:
     if not cells:
         findings.stop()
     runs, arms = _runs(cells, seeds)
-    _check_effects(factors + tune, cells, findings)
+    if not findings.problems:  # levels that overwrite each other come to the same runs: told already
+        _check_effects(factors + tune, cells, findings)
     _check_tuning(tune, cells, findings)
-    compare = _compare(file.get("compare") or {}, factors, arms, findings)
+    compare = _compare(file, factors, arms, findings)
     findings.stop()
 
     base_runs, base_arms = _base_runs(runs, arms)
@@ -425,8 +426,12 @@ def _levels_of_key(
     if isinstance(given, list) and given:
         given = {level_name(item): item for item in given} if _distinct(given, key, findings) else {}
     if not isinstance(given, Mapping) or not given:
-        if findings.fine(key):
-            findings.problem(key, f"{'nothing' if given is None else show(given)} found; expected a list of values")
+        if given is None:
+            findings.problem(key, "is missing; expected a list of values")
+        elif given in ([], {}):
+            findings.problem(key, "is empty; expected at least one value, else there is nothing to run")
+        elif findings.fine(key):
+            findings.problem(key, f"{show(given)} found; expected a list of values")
         return None
     levels = []
     for level, item in given.items():
@@ -478,7 +483,7 @@ def _check_keys_once(factors: Iterable, tune: Iterable, seeds: tuple, findings: 
             own = f"{section}.{factor.name}"
             for key in dict.fromkeys(key for level in factor.levels for key in _leaves(level.settings)):
                 if key in owners:
-                    findings.problem(own, f"sets '{key}', which '{owners[key]}' sets too; expected one place for it")
+                    findings.problem(own, f"sets '{key}', which '{owners[key]}' sets too; take it out of one of them")
             owners |= {key: own for level in factor.levels for key in _leaves(level.settings)}
     names = [factor.name for factor in (*factors, *tune)]
     for twice in {name for name in names if names.count(name) > 1}:
@@ -502,7 +507,9 @@ def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings
     else:
         chosen = []
         if not file.get("include"):
-            findings.problem("include", "is missing; 'design: list' runs only the arms named there")
+            findings.problem(
+                "include", "is missing; 'design: list' runs only the arms named there, {factor: level} each"
+            )
     for number, entry in enumerate(file.get("exclude") or []):
         levels = _named(entry, f"exclude[{number}]", factors, findings)
         kept = [arm for arm in chosen if not (levels and levels.items() <= arm.items())]
@@ -595,7 +602,9 @@ def _levels_in_arms(
                 continue
             wanted = {name: level.name for name, level in named.items()}
             if not any(wanted.items() <= arm.items() for arm in arms) and not findings.problems:
-                findings.problem(f"{place}.arms", f"{wanted} fits no arm; expected levels that an arm of the study has")
+                findings.problem(
+                    f"{place}.arms", f"{_pairs(wanted)} fits no arm of this study; expected levels that one of them has"
+                )
             own.append(ArmLevels(wanted, tuple(levels)))
         complete_factors.append(replace(factor, in_arms=tuple(own)))
     return tuple(complete_factors)
@@ -704,13 +713,16 @@ class _Batches:
         common = math.lcm(*(batch * gpus for batch, gpus in self.arms))
         for (batch, gpus), arms in self.arms.items():
             if self.effective % (batch * gpus):
-                where = f" of {_few(list(dict.fromkeys(arms)))}" if any(arms) else ""
+                names = list(dict.fromkeys(arms))
+                who = f"{'arm' if len(names) == 1 else 'arms'} {_few(names)}" if any(names) else "every run"
+                trains = "train" if len(names) > 1 else "trains"
                 below = self.effective // common * common
                 near = f"{below} or {below + common}" if below else f"{common}, or a smaller batch per device"
                 findings.problem(
                     key,
-                    f"{self.effective} found, but it is no multiple of the {batch * gpus} rows that are trained at "
-                    f"once{where} (per_device_train_batch_size {batch} × gpus {gpus}); nearest possible: {near}",
+                    f"{self.effective} found, but {who} {trains} {batch * gpus} rows at once "
+                    f"(per_device_train_batch_size {batch} × gpus {gpus}), and {self.effective} is no multiple of "
+                    f"that; nearest possible: {near}",
                 )
         for written in sorted(self.overridden):
             findings.note(key, f"{self.effective} decides; '{ACCUMULATION}: {written}' is overridden")
@@ -724,12 +736,13 @@ def _check_survival(chosen: Combination, merged: Mapping[str, Any], findings: Fi
                 continue
             other, theirs = _rival(key, name, chosen)
             # The one that sets the whole section is the one that can stand alone.
-            alone, level_alone = (name, level) if theirs.startswith(f"{key}.") else (other, chosen[other])
-            pair = f"{{{alone}: {level_alone.name}}}"
+            alone, beside = (name, other) if theirs.startswith(f"{key}.") else (other, name)
+            pair = _pairs({alone: chosen[alone].name})
             findings.problem(
                 "factors",
-                f"'{key}' of level '{level.name}' of {name} can't stand beside '{theirs}' of {other}; "
-                f"leave the pair out with 'exclude: [{pair}]', and keep it alone with 'include: [{pair}]'",
+                f"level '{level.name}' of {name} sets '{key}', and {other} sets '{theirs}': they can't be combined; "
+                f"write 'exclude: [{pair}]' to leave the combinations out, and 'include: [{pair}]' to have "
+                f"{chosen[alone].name} once, without any {beside}",
             )
 
 
@@ -884,8 +897,8 @@ def _check_effects(factors: tuple[Factor, ...], cells: list[_Cell], findings: Fi
             section = "tune" if any(factor.name in cell.tuned for cell in cells) else "factors"
             findings.problem(
                 f"{section}.{factor.name}",
-                f"changes nothing: its levels {', '.join(sorted(levels))} come to the same runs; "
-                "expected levels that differ in a setting which a result hangs on",
+                f"changes nothing: its levels {', '.join(sorted(levels))} come to the same runs; expected levels that "
+                "change what is learned, and not only how it is computed or logged",
             )
 
 
@@ -894,24 +907,31 @@ def _check_tuning(tune: tuple[Factor, ...], cells: list[_Cell], findings: Findin
         data = cell.settings.data_config
         held_out = data.val_file or data.validation_size or (data.dataset and data.dataset.validation_split)
         if tune and not held_out:
-            findings.problem("tune", "chooses on the validation loss, but there are no validation rows; give val_file")
+            findings.problem(
+                "tune",
+                "chooses by the validation loss, but there are no validation rows; give data_config.val_file or "
+                "validation_size",
+            )
             return
 
 
 def _compare(
-    given: Mapping[str, Any], factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings
+    file: Mapping[str, Any], factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings
 ) -> Compare:
+    given = file.get("compare") or {}
     fields = STUDY_KEYS["compare"]["fields"]
     values = {key: given.get(key, described.get("default")) for key, described in fields.items()}
     return Compare(
-        baseline=_baseline(given.get("baseline"), factors, arms, findings),
+        baseline=_baseline(given.get("baseline"), file.get("exclude") or [], factors, arms, findings),
         metric=values["metric"],
         margin=float(values["margin"]),
         select=values["select"],
     )
 
 
-def _baseline(given: Any, factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings) -> str:
+def _baseline(
+    given: Any, excluded: list, factors: tuple[Factor, ...], arms: tuple[Arm, ...], findings: Findings
+) -> str:
     names = [arm.name for arm in arms]
     if given is None:
         return names[0]
@@ -929,8 +949,17 @@ def _baseline(given: Any, factors: tuple[Factor, ...], arms: tuple[Arm, ...], fi
     matching = exact or [arm.name for arm in arms if wanted.items() <= arm.factors.items()]
     if len(matching) != 1 and not findings.problems:
         found = f"matches {len(matching)} arms ({_few(matching)})" if matching else "is no arm of this study"
-        findings.problem(key, f"{wanted} {found}; expected the levels of exactly one of {_few(names)}")
+        for number, entry in enumerate(excluded):
+            levels = _named(entry, f"exclude[{number}]", factors, findings) or {}
+            if not matching and {name: level.name for name, level in levels.items()}.items() <= wanted.items():
+                found = f"is no arm of this study: exclude[{number}] leaves it out"
+        findings.problem(key, f"{_pairs(wanted)} {found}; expected the levels of exactly one of {_few(names)}")
     return matching[0] if matching else names[0]
+
+
+def _pairs(levels: Mapping[str, str]) -> str:
+    """Return ``{method: full, rank: 8}``, as a study has it."""
+    return f"{{{', '.join(f'{name}: {level}' for name, level in levels.items())}}}"
 
 
 def _few(names: list[str]) -> str:
