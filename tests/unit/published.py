@@ -128,8 +128,9 @@ class Run:
 
 # Where each number stands.
 SOURCES = {
-    "QLoRA": "Dettmers et al., *QLoRA* (arXiv 2305.14314): abstract, section 1 and section 2 (memory requirement of "
-    "parameter-efficient fine-tuning)",
+    "QLoRA": "Dettmers et al., *QLoRA* (arXiv 2305.14314): section 2 (memory requirement of parameter-efficient "
+    "fine-tuning: the 4-bit base model), abstract and section 4 (33B and 65B on a single GPU of 24 and 48 GB with "
+    "paged optimisers; our number is what is left on the GPU when those are paged out)",
     "LLaMA-Factory": "hiyouga/LLaMA-Factory, wiki page *Performance comparison* (revision of 15 April 2024): both "
     "tables, columns HF and FlashAttention2",
     "fsdp_qlora": "AnswerDotAI/fsdp_qlora, `benchmarks_03_2024.md`, *Starting at 7B*, the rows with DDP (a whole copy "

@@ -5,8 +5,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+from finegrid.errors import UserError
 from finegrid.settings import ModelSettings
-from finegrid.shapes import display_name, model_config, model_shapes, positions
+from finegrid.shapes import GEMMA3_DEFAULTS, display_name, model_config, model_shapes, positions, read_config
 
 
 def vision(hidden: int) -> int:
@@ -173,6 +174,26 @@ def test_unknown_model_is_asked_of_the_hub_and_its_failure_is_no_error(tmp_path,
 
 def test_unknown_folder_has_no_shape(tmp_path):
     assert model_config(ModelSettings(model_name_or_path="data/models/mine"), tmp_path) is None
+
+
+def test_multimodal_gemma_3_is_read_as_its_language_model(tmp_path):
+    """As on the hub: what equals transformers' default is left out."""
+    from transformers import Gemma3TextConfig
+
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    hub = {"model_type": "gemma3", "torch_dtype": "bfloat16", "text_config": {"model_type": "gemma3_text", **text}}
+    (tmp_path / "config.json").write_text(json.dumps(hub | {"vision_config": {"hidden_size": 1152}}))
+    assert read_config(tmp_path / "config.json") == model_shapes()["google/gemma-3-4b-it"]["config"]
+    defaults = Gemma3TextConfig().to_dict()
+    defaults["sliding_window_pattern"] = defaults["_sliding_window_pattern"]
+    assert {key: defaults[key] for key in GEMMA3_DEFAULTS} == GEMMA3_DEFAULTS
+
+
+@pytest.mark.parametrize(("text", "problem"), [("{", "not JSON"), ("[1]", "holds list; expected an object")])
+def test_broken_config_is_told(tmp_path, text, problem):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.json: {problem}"):
+        read_config(tmp_path / "config.json")
 
 
 def test_longest_row_is_read_under_either_name():

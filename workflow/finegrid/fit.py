@@ -19,7 +19,7 @@ from finegrid import gpus as cards
 from finegrid.errors import UserError, nearest
 from finegrid.memory import Memory, shape_of, training_memory
 from finegrid.settings import RunSettings
-from finegrid.shapes import display_name, model_shapes, positions
+from finegrid.shapes import display_name, model_shapes, positions, read_config
 
 WIDTH = 100  # of the printed table
 MOST_ROWS = 1024
@@ -242,7 +242,7 @@ def _chosen(model: str | None) -> Iterable[tuple[str, dict[str, Any]]]:
         return _without_twins(table)
     file = Path(model) / "config.json"
     if file.is_file():
-        return [(model, json.loads(file.read_text(encoding="utf-8")))]
+        return [(model, read_config(file))]
     wanted = _squash(model)
     exact = {hub_id: config for hub_id, config in table.items() if wanted in (_squash(hub_id), _squash_name(hub_id))}
     found = exact or {hub_id: config for hub_id, config in table.items() if wanted and wanted in _squash(hub_id)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid import layout
+from finegrid.errors import UserError
 
 if TYPE_CHECKING:
     from finegrid.settings import ModelSettings
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("model_shapes.json")
 TABLE_SOURCE = "shape from Finegrid's own table"
 HUB_SECONDS = 5  # a laptop without internet must not wait longer for one small file
+
+# transformers' Gemma3TextConfig: the hub's files leave out what equals it.
+GEMMA3_DEFAULTS = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
 
 
 @cache
@@ -42,11 +57,11 @@ def model_config(model: ModelSettings, project: Path) -> tuple[dict[str, Any], s
     """
     folder = layout.model_folder(model)
     if (project / folder / "config.json").is_file():
-        return _read(project / folder / "config.json"), f"{folder}/config.json"
+        return read_config(project / folder / "config.json"), f"{folder}/config.json"
     if model.revision:
         cached = _cached(model.model_name_or_path, model.revision)
         if cached:
-            return _read(cached), "config.json in the hub's cache"
+            return read_config(cached), "config.json in the hub's cache"
     hub_id = _in_table(model)
     if hub_id:
         return dict(model_shapes()[hub_id]["config"]), f"{TABLE_SOURCE} ({hub_id})"
@@ -55,6 +70,28 @@ def model_config(model: ModelSettings, project: Path) -> tuple[dict[str, Any], s
         if fetched:
             return dict(fetched), "config.json from the hub"
     return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a ``config.json``; of a multimodal Gemma 3 its language model, with the defaults that its file omits.
+
+    Raises:
+        UserError: the file holds no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the model's config.json again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}; expected an object; fetch it again")
+    return _language_model(config)
+
+
+def _language_model(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") != "gemma3" or "text_config" not in config:
+        return config
+    dtype = {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
+    return GEMMA3_DEFAULTS | dtype | config["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
 
 
 def display_name(hub_id: str) -> str:
@@ -98,14 +135,10 @@ def _fetched(hub_id: str, revision: str) -> dict[str, Any] | None:
     try:
         url = hf_hub_url(hub_id, "config.json", revision=revision)
         with urlopen(Request(url, headers=build_hf_headers()), timeout=HUB_SECONDS) as answer:
-            return json.load(answer)
+            return _language_model(json.load(answer))
     except Exception:
         return None
 
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "on", "yes", "true")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
