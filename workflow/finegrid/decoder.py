@@ -42,6 +42,7 @@ class Family:
     fused_qkv: bool = False
     fused_mlp: bool = False
     interleaved_rope: bool = False
+    joins_rope: bool = False  # its RoPE joins two parts: queries come with heads first, the answer is laid out anew
     scaled_embedding: bool = False
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     output_bias: bool | None = None
@@ -58,7 +59,7 @@ FAMILIES = {
     "mistral": Family(qkv_bias=False, output_bias=False, kv_heads=8),
     "qwen2": Family(qkv_bias=True, output_bias=False, kv_heads=32),
     "qwen3": Family(qk_norms=True, head_dim=128, kv_heads=32),
-    "phi3": Family(fused_qkv=True, fused_mlp=True, qkv_bias=False, output_bias=False),
+    "phi3": Family(joins_rope=True, fused_qkv=True, fused_mlp=True, qkv_bias=False, output_bias=False),
     "gemma": Family(plus_one_norms=True, scaled_embedding=True, tied=True, head_dim=256, kv_heads=16),
     "gemma2": Family(
         norms=4, plus_one_norms=True, scaled_embedding=True, tied=True, head_dim=256, kv_heads=4, eager=True,
@@ -68,9 +69,15 @@ FAMILIES = {
         norms=4, plus_one_norms=True, qk_norms=True, scaled_embedding=True, tied=True, head_dim=256, kv_heads=4,
         sliding=True,
     ),
-    "glm": Family(fused_mlp=True, interleaved_rope=True, output_bias=False, head_dim=128, kv_heads=2),
-    "glm4": Family(norms=4, fused_mlp=True, interleaved_rope=True, output_bias=False, head_dim=128, kv_heads=2),
-    "chatglm": Family(fused_qkv=True, fused_mlp=True, interleaved_rope=True, output_bias=False, remote=True),
+    "glm": Family(
+        fused_mlp=True, interleaved_rope=True, joins_rope=True, output_bias=False, head_dim=128, kv_heads=2,
+    ),
+    "glm4": Family(
+        norms=4, fused_mlp=True, interleaved_rope=True, joins_rope=True, output_bias=False, head_dim=128, kv_heads=2,
+    ),
+    "chatglm": Family(
+        fused_qkv=True, fused_mlp=True, interleaved_rope=True, joins_rope=True, output_bias=False, remote=True,
+    ),
 }  # fmt: skip
 FAMILIES["gemma3"] = FAMILIES["gemma3_text"]
 BIAS_DEFAULT = {"glm": True, "glm4": True}
@@ -334,7 +341,8 @@ class _Program:
         width = width or self.shape.hidden
         itemsize = x.itemsize
         h = self.cast(x, FLOAT)
-        square = self.tape.op([h], h.elements, FLOAT, [h])
+        # The derivative of pow(2) is made of two more tensors: pow(1) and twice that.
+        square = self.tape.op([h], h.elements, FLOAT, [h], backward_scratch=h.bytes * 2)
         variance = self.tape.op([square], square.elements * (1 / width), FLOAT)
         root = self.tape.op([variance], variance.elements, FLOAT)
         self.tape.saves_output()
@@ -343,20 +351,25 @@ class _Program:
         if self.shape.family.plus_one_norms:
             weight = self.cast(weight, FLOAT)
             one = self.tape.op([weight], weight.elements, FLOAT, passes=True)
-            return self.cast(self.mul_broadcast(normed, one), itemsize)
-        normed = self.cast(normed, itemsize)
-        # Weights of 32 bits beside activations of 16 don't occur: both are the model's.
-        return self.mul_broadcast(normed, weight)
+            result = self.mul_broadcast(normed, one)
+            self.tape.keep(x, normed)
+            return self.cast(result, itemsize)
+        result = self.mul_broadcast(self.cast(normed, itemsize), weight)
+        self.tape.keep(x, normed)
+        return result
 
     def projection(self, x: Tensor, linear: Linear, adapter: Adapter | None) -> Tensor:
-        if adapter is not None and adapter.kind == "ia3_input":
-            x = self.mul_broadcast(x, self.parameter(linear.inputs, True, self.numerics.adapter))
-            return self.base_linear(x, linear)
-        base = self.base_linear(x, linear)
+        itemsize = x.itemsize
         if adapter is None:
-            return base
+            return self.base_linear(x, linear)
+        if adapter.kind == "ia3_input":
+            x = self.cast(x, self.numerics.adapter)
+            x = self.mul_broadcast(x, self.parameter(linear.inputs, True, self.numerics.adapter))
+            return self.base_linear(self.cast(x, itemsize), linear)
+        base = self.base_linear(x, linear)
         if adapter.kind == "ia3":
-            return self.mul_broadcast(base, self.parameter(linear.outputs, True, self.numerics.adapter))
+            scaled = self.mul_broadcast(base, self.parameter(linear.outputs, True, self.numerics.adapter))
+            return self.cast(scaled, base.itemsize)
         return self.lora(x, base, linear, adapter)
 
     def base_linear(self, x: Tensor, linear: Linear) -> Tensor:
@@ -387,31 +400,62 @@ class _Program:
         itemsize = base.itemsize
         if numerics.base == "4bit":
             base = self.tape.op([base], base.elements, base.itemsize, passes=True)  # peft clones the answer
-        if numerics.base == "plain" or not numerics.autocast:
+        # Beside quantised layers peft leaves the casts to autocast, but asks CUDA's whether it is on.
+        casts = numerics.base == "plain" or not (numerics.autocast and numerics.cuda)
+        if casts:
             x = self.cast(x, numerics.adapter)
-        if adapter.dropout and not numerics.evaluates:
-            x = self.dropout(x)
-        low = self.linear(x, adapter.rank, self.parameter(linear.inputs * adapter.rank, True, numerics.adapter))
-        update = self.linear(low, linear.outputs, self.parameter(linear.outputs * adapter.rank, True, numerics.adapter))
-        if adapter.kind == "dora":
-            return self.cast(self.dora(x, base, update, linear, adapter), itemsize)
-        update = self.scale(update)
-        if numerics.base != "plain" and not numerics.autocast:
-            update = self.cast(update, itemsize)
-        return self.cast(self.add(base, update), itemsize)
+        dropped = self.dropout(x) if adapter.dropout and not numerics.evaluates else x
+        weight = self.parameter(linear.inputs * adapter.rank, True, numerics.adapter)
+        dora = self.dora_weights(x, linear) if adapter.kind == "dora" else None
+        low = self.linear(dropped, adapter.rank, weight)
+        self.tape.keep(dropped)
+        weight = self.parameter(linear.outputs * adapter.rank, True, numerics.adapter)
+        update = self.linear(low, linear.outputs, weight)
+        self.tape.keep(low)
+        if dora is not None:
+            result = self.dora(dropped, base, update, dora, linear, adapter)
+        else:
+            update = self.scale(update)
+            if numerics.base != "plain" and casts:
+                update = self.cast(update, itemsize)
+            result = self.add(base, update)
+        result = self.cast(result, itemsize)
+        self.tape.keep(x, base)
+        return result
 
-    def dora(self, x: Tensor, base: Tensor, update: Tensor, linear: Linear, adapter: Adapter) -> Tensor:
+    def dora_weights(self, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        """The weight in x's type; beside it, for the forward pass, the update as a matrix, with its graph."""
+        numerics, area = self.numerics, linear.inputs * linear.outputs
+        weight = self.parameter(area, False)
+        if numerics.base != "plain" or weight.itemsize != x.itemsize:
+            weight = self.tape.op([weight], weight.elements, x.itemsize)
+        eye = linear.inputs**2 * (numerics.adapter + (HALF if numerics.autocast else 0))
+        made = HALF if numerics.autocast else numerics.adapter
+        update = area * (x.itemsize + (made if made != x.itemsize else 0))
+        beside = self.tape.op([], Size(fixed=eye + update), 1)
+        # The norm of weight + scaling * update: a product and a sum.
+        self.tape.op([beside], NOTHING, 1, forward_scratch=Size(fixed=2 * area * x.itemsize))
+        return weight, beside
+
+    def dora(
+        self,
+        x: Tensor,
+        base: Tensor,
+        update: Tensor,
+        weights: tuple[Tensor, Tensor],
+        linear: Linear,
+        adapter: Adapter,
+    ) -> Tensor:
         """(magnitude - 1) * base + magnitude * update * scaling; with dropout the base is computed once more."""
         answer = base
         magnitude = self.tape.op([self.parameter(linear.outputs, True, FLOAT)], Size(fixed=linear.outputs), FLOAT)
         if adapter.dropout and not self.numerics.evaluates:
-            weight = self.parameter(linear.inputs * linear.outputs, False)
-            if self.numerics.base != "plain":
-                weight = Tensor(weight.elements, x.itemsize, False)
-            base = self.linear(x, linear.outputs, weight)
+            base = self.linear(x, linear.outputs, weights[0])
         a = self.mul_broadcast(base, magnitude)
         b = self.scale(self.mul_broadcast(update, magnitude))
-        return self.add(answer, self.add(a, b))
+        result = self.add(a, b)
+        self.tape.keep(base, update, *weights)
+        return self.add(answer, result)
 
     def dropout(self, x: Tensor) -> Tensor:
         noise = Tensor(x.elements, 1 if self.numerics.cuda else x.itemsize, False)
@@ -456,6 +500,8 @@ class _Program:
             saves.append(Tensor(Size(square=1), q.itemsize, False))  # made anew of the boolean mask in every layer
         out = self.tape.op([q, k, v], q.elements, q.itemsize, saves)
         self.tape.saves_output()
+        if shape.family.joins_rope:
+            out = self.tape.op([out], out.elements, out.itemsize)
         return out
 
     def eager_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -490,28 +536,34 @@ class _Program:
         if family.fused_qkv:
             linear = linears.pop(0)
             joint = self.projection(h, linear, adapters[linear.name])
-            q, k, v = (self.slice(joint, width / (queries + 2 * keys)) for width in (queries, keys, keys))
+            if family.remote:
+                q, k, v = self.tape.split(joint, [width / (queries + 2 * keys) for width in (queries, keys, keys)])
+            else:
+                q, k, v = (self.slice(joint, width / (queries + 2 * keys)) for width in (queries, keys, keys))
         else:
             q, k, v = (self.projection(h, linear, adapters[linear.name]) for linear in linears[:3])
             del linears[:3]
         if family.qk_norms:
             q, k = self.norm(q, shape.head_dim), self.norm(k, shape.head_dim)
-        attention = self.attention(self.rope(q), self.rope(k), v)
+        q, k = self.rope(q), self.rope(k)
         output, *mlp = linears
-        attention = self.projection(attention, output, adapters[output.name])
+        attention = self.projection(self.attention(q, k, v), output, adapters[output.name])
+        self.tape.keep(x, h, q, k, v)
         if family.norms == 4:
             attention = self.norm(attention)
         x = self.add(x, attention)
-        h = self.mlp(self.norm(x), mlp, adapters)
+        h = self.norm(x)
+        out = self.mlp(h, mlp, adapters)
+        self.tape.keep(h)
         if family.norms == 4:
-            h = self.norm(h)
-        return self.add(x, h)
+            out = self.norm(out)
+        return self.add(x, out)
 
     def mlp(self, h: Tensor, linears: list[Linear], adapters: Mapping[str, Adapter | None]) -> Tensor:
         *inner, down = linears
         if len(inner) == 1:
             joint = self.projection(h, inner[0], adapters[inner[0].name])
-            gate, up = self.slice(joint, 0.5), self.slice(joint, 0.5)
+            gate, up = self.tape.split(joint, [0.5, 0.5])
             active = self.activation(gate)
         else:
             active = self.activation(self.projection(h, inner[0], adapters[inner[0].name]))

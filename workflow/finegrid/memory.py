@@ -199,7 +199,8 @@ def _adaptation(settings: RunSettings, shape: Shape) -> Adaptation:
 
 @lru_cache(maxsize=1024)
 def _all_tensors(shape: Shape) -> Matrices:
-    tensors = [(1 if shape.tied else 2, shape.vocabulary, shape.hidden), (1, shape.hidden, 0)]
+    embedding = (1, shape.vocabulary, shape.hidden)
+    tensors = [embedding, (1, shape.hidden, 0)]
     for linear in shape.linears:
         tensors.append((shape.layers, linear.outputs, linear.inputs))
         if linear.bias:
@@ -207,7 +208,7 @@ def _all_tensors(shape: Shape) -> Matrices:
     tensors.append((shape.layers * shape.family.norms, shape.hidden, 0))
     if shape.family.qk_norms:
         tensors.append((shape.layers * 2, shape.head_dim, 0))
-    return tuple(tensors)
+    return tuple(tensors if shape.tied else [*tensors, embedding])
 
 
 @lru_cache(maxsize=1024)
@@ -345,8 +346,10 @@ def _optimiser(optim: str, tensors: Matrices, itemsize: int, device: str) -> tup
     if any(name in optim for name in ("bnb", "paged", "lion", "ademamix")):
         return states * total * FLOAT, 0
     if kind == "adamw" and "fused" not in optim:
-        # sqrt and quotient of one parameter; on CUDA the square roots of all at once.
-        return states * total * itemsize, (total if device == "cuda" else 2 * largest) * itemsize
+        # One parameter's square root and quotient beside the last one's quotient; on CUDA all roots at once.
+        sizes = [rows * columns for _, rows, columns in tensors if columns]
+        one = max((last + 2 * size for last, size in zip([0, *sizes], sizes, strict=False)), default=0)
+        return states * total * itemsize, (total if device == "cuda" else one) * itemsize
     return states * total * itemsize, 0 if "fused" in optim or kind == "sgd" else largest * itemsize
 
 

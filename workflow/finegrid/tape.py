@@ -56,7 +56,7 @@ class Node(NamedTuple):
     """An operation. ``passes``: its backward hands the gradient on as it is; the scratches live while it runs."""
 
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
     saved: tuple[Tensor, ...]
     passes: bool
     forward_scratch: Size
@@ -81,6 +81,7 @@ class Tape:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.held: list[Tensor] = []
+        self.kept: list[tuple[int, Tensor]] = []
 
     def op(
         self,
@@ -98,14 +99,24 @@ class Tape:
         needs_grad = any(tensor.needs_grad for tensor in inputs)
         output = Tensor(elements, itemsize, needs_grad, base=inputs[0] if view else None)
         saved = tuple(saves) if needs_grad else ()
-        self.nodes.append(Node(tuple(inputs), output, saved, passes, forward_scratch, backward_scratch))
+        self.nodes.append(Node(tuple(inputs), (output,), saved, passes, forward_scratch, backward_scratch))
         return output
 
-    def saves_output(self, also: Sequence[Tensor] = ()) -> None:
+    def split(self, whole: Tensor, shares: Sequence[float]) -> list[Tensor]:
+        """Note views of parts whose gradients wait for each other, as those of ``chunk`` and ``split`` do."""
+        parts = [Tensor(whole.elements * share, whole.itemsize, whole.needs_grad, base=whole) for share in shares]
+        self.nodes.append(Node((whole,), tuple(parts), (), False, NOTHING, NOTHING))
+        return parts
+
+    def saves_output(self) -> None:
         """Let the last operation save its own output too."""
         last = self.nodes[-1]
-        if last.output.needs_grad:
-            self.nodes[-1] = last._replace(saved=(*last.saved, last.output, *also))
+        if last.outputs[0].needs_grad:
+            self.nodes[-1] = last._replace(saved=(*last.saved, last.outputs[0]))
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Keep tensors up to the operation noted last: variables of the code around it still name them."""
+        self.kept += [(len(self.nodes) - 1, tensor.base) for tensor in tensors]
 
     def hold(self, tensor: Tensor) -> None:
         """Keep a tensor to the end of the forward pass: a variable of the caller still names it."""
@@ -131,18 +142,23 @@ class Tape:
     def _forward(self, source: Tensor, result: Tensor, saved: dict[Tensor, int]) -> Iterable[Size]:
         last: dict[Tensor, int] = {}
         for number, node in enumerate(self.nodes):
-            for tensor in (node.output, *node.inputs):
+            for tensor in (*node.outputs, *node.inputs):
                 last[tensor.base] = number
+        for number, tensor in self.kept:
+            last[tensor] = max(number, last.get(tensor, number))
         for tensor in (source.base, result.base, *self.held):
             last[tensor] = len(self.nodes)
         dying: dict[int, list[Tensor]] = {}
         for tensor, number in last.items():
             if tensor not in saved and not tensor.parameter:
                 dying.setdefault(number, []).append(tensor)
-        live = source.base.bytes
+        live, seen = source.base.bytes, {source.base}
         for number, node in enumerate(self.nodes):
-            if node.output.base is node.output:
-                live += node.output.bytes
+            # Besides the output, what is made only to be saved: a mask, a logarithm of sums.
+            for tensor in (*node.outputs, *node.saved):
+                if tensor.base not in seen and not tensor.parameter:
+                    seen.add(tensor.base)
+                    live += tensor.base.bytes
             yield live + node.forward_scratch
             for tensor in dying.get(number, ()):
                 live -= tensor.bytes
@@ -152,16 +168,16 @@ class Tape:
         live += result.bytes
         yield live
         for node in reversed(self.nodes):
-            incoming = buffers.pop(node.output, None)
-            if incoming is None:
+            arrived = [buffers.pop(tensor) for tensor in node.outputs if tensor in buffers]
+            if not arrived:
                 continue
             made = []
             for tensor in node.inputs:
                 if not tensor.needs_grad:
                     continue
                 if node.passes:
-                    incoming[1] += 1
-                    made.append((tensor, incoming))
+                    arrived[0][1] += 1
+                    made.append((tensor, arrived[0]))
                 else:
                     size = tensor.bytes
                     buffer = [Size(gradient=size.fixed) if tensor.parameter else size, 1]
@@ -172,7 +188,8 @@ class Tape:
                 saved[tensor] -= 1
                 if not saved[tensor]:
                     live -= tensor.bytes
-            live -= _release(incoming)
+            for buffer in arrived:
+                live -= _release(buffer)
             for tensor, buffer in made:
                 if tensor.parameter:
                     if keep_gradients:
