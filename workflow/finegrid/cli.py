@@ -154,6 +154,26 @@ def show_plan(study: StudyName) -> None:
 
 
 @app.command()
+def fit(
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, such as 24GB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card by name instead, such as rtx-4090.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a row, for the largest batch.")] = 1024,
+    model: Annotated[str | None, typer.Option(help="Part of a hub id, or a folder with a config.json.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA and QLoRA.")] = 16,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing.")] = True,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together.")] = 1,
+    zero: Annotated[int, typer.Option(help="DeepSpeed's ZeRO stage; 0 without.")] = 0,
+    offload: Annotated[bool, typer.Option("--offload", help="Optimiser (and parameters) in host memory.")] = False,
+    label_share: Annotated[float, typer.Option(help="Share of tokens that carry loss.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what can be fine-tuned on a GPU: model by method, largest batch and longest row."""
+    from finegrid.fit import print_fit
+
+    print_fit(gpu_memory, gpu, length, model, rank, checkpointing, gpus, zero, offload, label_share, as_json)
+
+
+@app.command()
 def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
     """Train one run; goes on from its last checkpoint if it was stopped."""
     with _stage(f"train {run}", log) as progress:
