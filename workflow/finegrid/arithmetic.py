@@ -52,7 +52,7 @@ def training_arithmetic(
     seen = _rows_seen(settings, rows, steps, per_epoch)
     facts |= {
         "steps": steps,
-        "epochs": None if None in (steps, per_epoch) else round(steps / max(per_epoch, 1), 4),
+        "epochs": _epochs(settings, rows, steps),
         "warmup_steps": warmup_steps(settings, steps),
         "train_rows": rows,
         "label_tokens": _share(label_tokens, seen, rows),
@@ -79,9 +79,7 @@ def steps_per_epoch(settings: RunSettings, rows: int | None) -> int | None:
     """Return the optimiser steps of one pass over `rows`; 0 if `dataloader_drop_last` leaves no batch."""
     if rows is None:
         return None
-    at_once = settings.training_arg("per_device_train_batch_size") * settings.gpus
-    batches = rows // at_once if settings.training_arg("dataloader_drop_last") else math.ceil(rows / at_once)
-    return math.ceil(batches / settings.training_arg("gradient_accumulation_steps"))
+    return math.ceil(_batches(settings, rows) / settings.training_arg("gradient_accumulation_steps"))
 
 
 def total_steps(settings: RunSettings, per_epoch: int | None) -> int | None:
@@ -217,6 +215,23 @@ def has_validation(settings: RunSettings) -> bool:
     """Return whether the data has a validation split."""
     data = settings.data_config
     return bool(data.val_file or data.validation_size or (data.dataset and data.dataset.validation_split))
+
+
+def _batches(settings: RunSettings, rows: int) -> int:
+    """Return the batches that each GPU takes in one pass."""
+    at_once = settings.training_arg("per_device_train_batch_size") * settings.gpus
+    return rows // at_once if settings.training_arg("dataloader_drop_last") else math.ceil(rows / at_once)
+
+
+def _epochs(settings: RunSettings, rows: int | None, steps: int | None) -> float | None:
+    """Return the passes over the rows; of the last one the share of its batches."""
+    if rows is None or steps is None:
+        return None
+    batches, accumulation = _batches(settings, rows), settings.training_arg("gradient_accumulation_steps")
+    if not batches:
+        return 0.0
+    whole, part = divmod(steps, math.ceil(batches / accumulation))
+    return round(whole + part * accumulation / batches, 4)
 
 
 def _rows_seen(settings: RunSettings, rows: int | None, steps: int | None, per_epoch: int | None) -> int | None:
