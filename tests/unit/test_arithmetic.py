@@ -11,6 +11,7 @@ from finegrid.memory import shape_of
 from finegrid.settings import RunSettings
 from token_rows import random_rows, write_tokens
 
+PROJECT = Path(__file__).resolve().parents[2]
 ROWS = 22
 LORA = {"r": 4, "target_modules": "all-linear"}
 
@@ -231,6 +232,24 @@ def test_a_checkpoint_is_as_large_as_was_counted(kind, written, tokens, tiny_mod
     assert checkpoint_bytes(settings, shape) == pytest.approx(sum(written.checkpoints[0].values()), rel=0.05)
     weights = next((tmp_path / "output").glob("*.safetensors"))
     assert output_bytes(settings, shape) == pytest.approx(weights.stat().st_size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "peft_config", "arguments", "measured"),
+    [
+        ("zero2", None, {}, 77_060_872),
+        ("zero3", None, {}, 51_601_888),
+        ("zero2", None, {"bf16": True}, 57_890_409),
+        ("zero2", LORA | {"r": 8}, {}, 13_015_763),
+        ("zero3", LORA | {"r": 8}, {}, 371_001),
+    ],
+)
+def test_a_checkpoint_of_deepspeed_is_as_large_as_one_was(stage, peft_config, arguments, measured, tiny_model_dir):
+    # Measured with this model under torchrun --nproc-per-node 1 and DeepSpeed 0.19.8 on the CPU: bytes of all files.
+    deepspeed = str(PROJECT / f"config/deepspeed/{stage}.json")
+    shape = shape_of(json.loads((tiny_model_dir / "config.json").read_text()))
+    settings = recipe(peft_config=peft_config, deepspeed=deepspeed, **arguments)
+    assert checkpoint_bytes(settings, shape) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(

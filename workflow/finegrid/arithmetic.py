@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from finegrid.settings import RunSettings
 
 # Measured on transformers 5.23's files: training arguments, scheduler, random state, trainer's state and configs, in
-# every checkpoint; peft's card; what stands around a tensor in safetensors and around its states in optimizer.pt.
-SMALL_FILES, ADAPTER_FILES = 24_000, 6_000
+# every checkpoint; peft's card; DeepSpeed's script and its own state; what stands around a tensor in safetensors and
+# around its states in optimizer.pt.
+SMALL_FILES, ADAPTER_FILES, DEEPSPEED_FILES = 24_000, 6_000, 65_000
 TENSOR, STATES = 125, 850
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -160,7 +161,7 @@ def checkpoint_bytes(settings: RunSettings, shape: Shape) -> int:
     zero = _zero(settings)
     itemsize = _itemsize(settings)
     if zero.stage:
-        partitions = 12 * trainable_parameters(settings, shape)
+        partitions = 12 * trainable_parameters(settings, shape) + DEEPSPEED_FILES
         if zero.stage == 3:
             return size + partitions
         again = shape.parameters * (2 if zero.half else ITEMSIZE[settings.model.dtype])
