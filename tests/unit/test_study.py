@@ -132,8 +132,11 @@ def test_one_at_a_time_starts_from_the_baseline(load):
         "lr": {"key": "training_args.learning_rate", "levels": ["1e-4", "1e-3"]},
     }
     study = load({"factors": factors, "design": "one-at-a-time", "compare": {"baseline": {"rank": 16, "lr": "1e-3"}}})
-    assert [arm.name for arm in study.arms] == ["16-0.001", "8-0.001", "64-0.001", "16-0.0001"]
-    assert study.compare.baseline == "16-0.001"
+    # Named by what differs from the baseline.
+    assert [arm.name for arm in study.arms] == ["baseline", "rank_8", "rank_64", "lr_0.0001"]
+    assert [arm.label for arm in study.arms] == ["Baseline", "rank 8", "rank 64", "lr 0.0001"]
+    assert study.arms[1].factors == {"rank": "8", "lr": "0.001"}
+    assert study.compare.baseline == "baseline"
 
 
 def test_a_list_runs_what_it_names(load):

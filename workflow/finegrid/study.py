@@ -64,7 +64,7 @@ STUDY_KEYS: dict[str, dict[str, Any]] = {
         "types": ["str"],
         "choices": list(DESIGNS),
         "default": "grid",
-        "help": "`grid`: all combinations; `one-at-a-time`: the baseline, and each other level alone; "
+        "help": "`grid`: all combinations; `one-at-a-time`: the baseline, and each other level alone, which names the arm; "
         "`list`: only what `include` names.",
     },
     "include": {
@@ -495,8 +495,18 @@ def _check_keys_once(factors: Iterable, tune: Iterable, seeds: tuple, findings: 
 Combination = dict[str, Level]
 
 
-def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings: Findings) -> list[Combination]:
+@dataclass(frozen=True)
+class _Named:
+    """A combination with the name and label of its arm; both are empty in a study without factors."""
+
+    name: str
+    label: str
+    levels: Combination
+
+
+def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings: Findings) -> list[_Named]:
     design = file.get("design") or "grid"
+    start: Combination = {}
     if design == "grid":
         chosen = [
             dict(zip([factor.name for factor in factors], levels, strict=True))
@@ -504,6 +514,7 @@ def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings
         ]
     elif design == "one-at-a-time":
         chosen = _one_at_a_time(file, factors, findings)
+        start = chosen[0]
     else:
         chosen = []
         if not file.get("include"):
@@ -522,8 +533,9 @@ def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings
             chosen.append({factor.name: levels[factor.name] for factor in factors if factor.name in levels})
     if not chosen and not findings.problems:
         findings.problem("exclude", "leaves no arm; a study needs at least one")
-    _check_arm_names(chosen, findings)
-    return chosen
+    named = [_name(combination, start) for combination in chosen]
+    _check_arm_names([arm.name for arm in named], findings)
+    return named
 
 
 def _one_at_a_time(file: Mapping[str, Any], factors: tuple[Factor, ...], findings: Findings) -> list[Combination]:
@@ -558,13 +570,24 @@ def _named(entry: Any, key: str, factors: tuple[Factor, ...], findings: Findings
     return named if len(named) == len(entry) else None
 
 
-def arm_name(combination: Mapping[str, Level]) -> str:
-    """Return an arm's name: its levels, joined by hyphens."""
-    return "-".join(level.name for level in combination.values())
+def _name(combination: Combination, start: Combination) -> _Named:
+    """Name an arm by its levels; one-at-a-time, where `start` is the baseline, by those that differ from it."""
+    own = {factor: level for factor, level in combination.items() if level != start.get(factor)}
+    if combination and not own:
+        return _Named("baseline", "Baseline", combination)
+    names = [
+        # Alone, `0.5` or `true` says nothing.
+        f"{factor}_{level.name}" if start and _is_value(level.name) else level.name
+        for factor, level in own.items()
+    ]
+    return _Named("-".join(names), ", ".join(level.label for level in own.values()), combination)
 
 
-def _check_arm_names(combinations: list[Combination], findings: Findings) -> None:
-    names = [arm_name(combination) for combination in combinations]
+def _is_value(name: str) -> bool:
+    return name in ("true", "false", "none") or bool(NUMBER.fullmatch(name))
+
+
+def _check_arm_names(names: list[str], findings: Findings) -> None:
     for twice in sorted({name for name in names if names.count(name) > 1}):
         findings.problem("factors", f"two arms come to the name '{twice}'; expected level names that tell them apart")
     for name in names:
@@ -576,12 +599,12 @@ def _levels_in_arms(
     file: Mapping[str, Any],
     tune: tuple[Factor, ...],
     factors: tuple[Factor, ...],
-    combinations: list[Combination],
+    combinations: list[_Named],
     findings: Findings,
 ) -> tuple[Factor, ...]:
     """Return the tuned factors with the levels that some arms have of their own."""
     labels = file.get("labels") or {}
-    arms = [{name: level.name for name, level in combination.items()} for combination in combinations]
+    arms = [{name: level.name for name, level in arm.levels.items()} for arm in combinations]
     complete_factors = []
     for factor in tune:
         given = file["tune"][factor.name]
@@ -621,21 +644,29 @@ def _keys(entry: Any) -> str:
 class _Cell:
     """An arm at one tuned level, before the seeds."""
 
-    combination: Combination
+    named: _Named
     tuned: Combination
     settings: RunSettings
     evaluation: Mapping[str, Any]  # evaluation-side settings that the levels set: part of the id
 
     @property
     def arm(self) -> str:
-        return arm_name(self.combination) or self.settings.method
+        return self.named.name or self.settings.method
+
+    @property
+    def label(self) -> str:
+        return self.named.label or LABELS.get(self.arm, self.arm)
+
+    @property
+    def combination(self) -> Combination:
+        return self.named.levels
 
     def identity(self, settings: dict[str, Any]) -> dict[str, Any]:
         return settings | ({"evaluation_factors": self.evaluation} if self.evaluation else {})
 
 
 def _resolve_cells(
-    combinations: list[Combination],
+    combinations: list[_Named],
     tune: tuple[Factor, ...],
     base: Mapping,
     effective: int | None,
@@ -644,33 +675,32 @@ def _resolve_cells(
 ) -> list[_Cell]:
     cells = []
     batches = _Batches(effective)
-    for combination, tuned in _searched(combinations, tune):
-        chosen = combination | tuned
+    for arm, tuned in _searched(combinations, tune):
+        chosen = arm.levels | tuned
         merged = dict(base)
         for level in chosen.values():
             merged = merge(merged, level.settings)
         _check_survival(chosen, merged, findings)
-        name = arm_name(combination)
-        inner = Findings(f"{findings.place}: arm {name}" if name else findings.place)
+        inner = Findings(f"{findings.place}: arm {arm.name}" if arm.name else findings.place)
         checked = check_recipe(merged, inner)
         if effective:
-            batches.solve(checked, name)
+            batches.solve(checked, arm.name)
         settings = complete(checked, project, inner)
         findings.problems += inner.problems
         # The same for every arm, mostly: told once, for the study.
         findings.notes += [note.replace(inner.place, findings.place, 1) for note in inner.notes]
         if settings is not None:
-            cells.append(_Cell(combination, tuned, settings, _evaluation_side(chosen)))
+            cells.append(_Cell(arm, tuned, settings, _evaluation_side(chosen)))
     batches.tell(findings)
     return cells
 
 
-def _searched(combinations: list[Combination], tune: tuple[Factor, ...]) -> Iterator[tuple[Combination, Combination]]:
+def _searched(combinations: list[_Named], tune: tuple[Factor, ...]) -> Iterator[tuple[_Named, Combination]]:
     """Yield each arm with each combination of its tuned levels."""
-    for combination in combinations:
-        arm = {name: level.name for name, level in combination.items()}
-        for levels in itertools.product(*(factor.levels_in(arm) for factor in tune)):
-            yield combination, dict(zip([factor.name for factor in tune], levels, strict=True))
+    for arm in combinations:
+        names = {name: level.name for name, level in arm.levels.items()}
+        for levels in itertools.product(*(factor.levels_in(names) for factor in tune)):
+            yield arm, dict(zip([factor.name for factor in tune], levels, strict=True))
 
 
 @dataclass
@@ -802,7 +832,7 @@ def _runs(cells: list[_Cell], seeds: tuple[int, ...]) -> tuple[tuple[Run, ...], 
     arms = tuple(
         Arm(
             name=name,
-            label=", ".join(level.label for level in first[name].combination.values()) or LABELS.get(name, name),
+            label=first[name].label,
             factors={factor: level.name for factor, level in first[name].combination.items()},
             base=runs[ids[0]].base_id,
             runs=tuple(dict.fromkeys(ids)),
