@@ -22,6 +22,7 @@ from finegrid import layout
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
 from finegrid.training import launch
+from finegrid.training.state import live_state
 
 if TYPE_CHECKING:
     from finegrid.study import Run, Study
@@ -180,50 +181,60 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
         the_study = _study(study)
         the_run = the_study.run(run)
         worker = launch.this_worker()
-        if worker is None and launch.is_needed(the_run.settings):
-            os.environ["FINEGRID_SCRATCH"] = str(scratch)
-            launch.start(the_run.settings, ["train", study, run, *(["--log", str(log)] if log else [])], progress)
-            return
-        from finegrid.training.train import train
+        starts_workers = worker is None and launch.is_needed(the_run.settings)
+        is_first = worker is None or worker.rank == 0
+        checkpoints = scratch / the_study.name / run
+        with live_state(checkpoints / "state.json", run, log, writes=is_first, is_launcher=starts_workers) as tell:
+            if starts_workers:
+                os.environ["FINEGRID_SCRATCH"] = str(scratch)
+                launch.start(the_run.settings, ["train", study, run, *(["--log", str(log)] if log else [])], progress)
+                return
+            from finegrid.training.train import train
 
-        results = layout.RESULTS / the_study.name
-        train(
-            the_run.settings,
-            tokens=layout.tokens_folder(the_run),
-            model=layout.model_folder(the_run.settings.model),
-            output=layout.weights_folder(the_study.name, the_run),
-            history=results / "history" / f"{run}.csv",
-            summary=results / "training" / f"{run}.json",
-            checkpoints=scratch / the_study.name / run,
-            progress=progress,
-        )
-        if worker is None or worker.rank == 0:
-            write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
-            _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
-        if worker is not None:
-            launch.leave()
+            results = layout.RESULTS / the_study.name
+            train(
+                the_run.settings,
+                tokens=layout.tokens_folder(the_run),
+                model=layout.model_folder(the_run.settings.model),
+                output=layout.weights_folder(the_study.name, the_run),
+                history=results / "history" / f"{run}.csv",
+                summary=results / "training" / f"{run}.json",
+                checkpoints=checkpoints,
+                progress=progress,
+                tell=tell,
+            )
+            if is_first:
+                write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
+                _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
+            if worker is not None:
+                launch.leave()
 
 
 @app.command()
-def evaluate(study: StudyName, run: RunId, log: Log = None) -> None:
+def evaluate(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
     """Score one run, or an untrained base model: predictions of every example and metrics."""
     with _stage(f"evaluate {run}", log) as progress:
-        from finegrid.evaluation.evaluate import evaluate
-
         the_study = _study(study)
         the_run = the_study.run(run)
         results = layout.RESULTS / the_study.name
-        evaluate(
-            the_run.settings,
-            run,
-            tokens=layout.tokens_folder(the_run),
-            clean=layout.clean_folder(the_run),
-            model=layout.model_folder(the_run.settings.model),
-            adapter=layout.weights_folder(the_study.name, the_run) if the_run.method != "base" else None,
-            predictions=results / "runs" / run / "predictions.jsonl",
-            metrics=results / "metrics" / f"{run}.json",
-            progress=progress,
-        )
+        with live_state(scratch / the_study.name / run / "evaluation.json", run, log) as tell:
+            from finegrid.evaluation.evaluate import evaluate
+
+            def say(line: str) -> None:
+                tell(state="evaluating", line=line)
+                progress(line)
+
+            evaluate(
+                the_run.settings,
+                run,
+                tokens=layout.tokens_folder(the_run),
+                clean=layout.clean_folder(the_run),
+                model=layout.model_folder(the_run.settings.model),
+                adapter=layout.weights_folder(the_study.name, the_run) if the_run.method != "base" else None,
+                predictions=results / "runs" / run / "predictions.jsonl",
+                metrics=results / "metrics" / f"{run}.json",
+                progress=say,
+            )
 
 
 # ---------------------------------------------------------------- analysis and publication

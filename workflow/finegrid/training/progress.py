@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 SECONDS_BETWEEN_LINES = 10.0
+STEPS_OF_THROUGHPUT = 20
 
 
 class Flow(TrainerCallback):
@@ -69,6 +72,60 @@ class ProgressLines(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.progress(f"step {state.global_step}/{state.max_steps} · validation loss {metrics['eval_loss']:.3f}")
+
+
+class FactsTold(TrainerCallback):
+    """Gives ``tell`` what the run is doing, its step, losses, tokens per second of the last steps and seconds left."""
+
+    def __init__(self, tell: Callable[..., None], trainer: Any):
+        self.tell = tell
+        self.trainer = trainer
+        self.first_step = 0
+        self.started = self.mark = time.monotonic()
+        self.tokens = 0
+        self.steps: deque[tuple[float, int]] = deque(maxlen=STEPS_OF_THROUGHPUT)  # seconds and tokens of each
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step
+        self.tokens = self.trainer.counters.tokens
+        self.steps.clear()
+        doing = "evaluating" if args.eval_on_start else "training"
+        self.tell(state=doing, step=state.global_step, steps=state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.first_step:
+            self.started = self.mark = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now, tokens = time.monotonic(), self.trainer.counters.tokens
+        self.steps.append((now - self.mark, tokens - self.tokens))
+        self.mark, self.tokens = now, tokens
+        seconds, tokens = (sum(part) for part in zip(*self.steps, strict=True))
+        done = state.global_step - self.first_step
+        self.tell(
+            state=_next_doing(control, control.should_evaluate),
+            step=state.global_step,
+            loss=self.trainer.last_loss,
+            tokens_per_second=tokens / seconds if seconds else None,
+            seconds_left=(now - self.started) / done * (state.max_steps - state.global_step),
+        )
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.mark = time.monotonic()  # evaluations and checkpoints are no training time
+        self.tell(state=_next_doing(control, False), eval_loss=metrics["eval_loss"])
+
+    def on_save(self, args, state, control, **kwargs):
+        self.mark = time.monotonic()
+        self.tell(state="training")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.tell(state="evaluating", seconds_left=0.0)
+
+
+def _next_doing(control, evaluates: bool) -> str:
+    if evaluates:
+        return "evaluating"
+    return "saving" if control.should_save else "training"
 
 
 def duration(seconds: float) -> str:

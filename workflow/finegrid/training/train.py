@@ -42,7 +42,7 @@ from finegrid.errors import UserError
 from finegrid.files import write_json
 from finegrid.training.history import HistoryFile, history_rows, write_history
 from finegrid.training.model import attach_adapter, load_base
-from finegrid.training.progress import EarlyStopping, Flow, ProgressLines
+from finegrid.training.progress import EarlyStopping, FactsTold, Flow, ProgressLines
 from finegrid.training.trainer import LabelTokenTrainer, is_complete
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def train(
     summary: Path,
     checkpoints: Path,
     progress: Progress = lambda line: None,
+    tell: Callable[..., None] = lambda **facts: None,
 ) -> dict[str, Any]:
     """Train one run, see the module, and return its summary.
 
@@ -79,6 +80,7 @@ def train(
         output: folder to make, replaced if it exists.
         checkpoints: scratch folder of this run alone; its name is the run's name in trackers.
         progress: gets a short line every ten seconds or so.
+        tell: gets facts of the run as it goes, as :class:`finegrid.training.progress.FactsTold` names them.
 
     Raises:
         UserError: settings that the libraries refuse, no rows to train on, a loss or gradient that is no number.
@@ -112,6 +114,7 @@ def train(
     notes += getattr(base, "loading_notes", [])
     use_cache = base.config.use_cache
     trainer = _trainer(settings, attach_adapter(settings, base), args, rows, validation, checkpoints, progress)
+    trainer.add_callback(FactsTold(tell, trainer))
     if checkpoint is None:
         _forget_logs(trainer, checkpoints)
     else:
@@ -124,6 +127,7 @@ def train(
         )
     final_loss = _final_evaluation(trainer, notes)
 
+    tell(state="saving")
     base.config.use_cache = use_cache
     result = _summary(settings, trainer, final_loss, checkpoint, notes + trainer.notes)
     _write_weights(settings, trainer, model, output)
