@@ -237,6 +237,30 @@ def evaluate(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = P
             )
 
 
+@app.command()
+def watch(
+    study: Annotated[
+        str | None, typer.Argument(help="Study; default: that of config.yaml.", show_default=False)
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 2.0,
+    scratch: Annotated[Path | None, typer.Option(envvar="FINEGRID_SCRATCH", help="As in config.yaml.")] = None,
+) -> None:
+    """Show a study's runs while they train, here or on a cluster: state, step, loss, speed, time left, failures.
+
+    Ends when every run is done or failed and nothing goes on, with status 1 if any failed. Ctrl-C ends the watching,
+    not the runs.
+    """
+    from finegrid.watch import Watcher, project_settings
+    from finegrid.watch_table import watch
+
+    settings = project_settings(Path.cwd())
+    name = study or os.environ.get("FINEGRID_STUDY") or settings.get("study", "")
+    sight = watch(Watcher(name, Path.cwd(), scratch or Path(settings.get("scratch", "scratch"))), interval, once)
+    if sight.is_over and sight.count("failed"):
+        raise SystemExit(1)
+
+
 # ---------------------------------------------------------------- analysis and publication
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from finegrid.times import duration
+
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_OF_THROUGHPUT = 20
 
@@ -126,11 +128,3 @@ def _next_doing(control, evaluates: bool) -> str:
     if evaluates:
         return "evaluating"
     return "saving" if control.should_save else "training"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: ``41 s``, ``12 min``, ``3 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
