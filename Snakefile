@@ -1,6 +1,6 @@
 # Finegrid: from a declared study to trained runs, honest comparisons and paper figures.
 #
-#   snakemake plan                     what the study will do
+#   snakemake plan                     what the study will do and need, in seconds: no weights, no data, no GPU
 #   snakemake                          everything, up to the report
 #   snakemake figures                  up to the figures
 #   snakemake --config study=NAME      another study of config/studies
@@ -21,7 +21,7 @@ include: "workflow/rules/analysis.smk"
 include: "workflow/rules/publication.smk"
 
 
-study_of(config["study"])  # a mistake in it is told now
+plan_of(config["study"])  # a mistake in the study is told now
 
 
 report: "workflow/report/workflow.rst"
@@ -36,9 +36,8 @@ rule report:
         "The report of study {config[study]} is results/{config[study]}/report.html."
 
 
+# Goes by what is there, so it waits for no stage; the job study_plan makes the exact plan before anything trains.
 rule plan:
-    input:
-        f"results/{config['study']}/plan.json",
     log:
         f"logs/plan/{config['study']}/show.log",
     localrule: True
@@ -47,9 +46,10 @@ rule plan:
     params:
         study=config["study"],
     message:
-        "The plan of study {config[study]}."
+        "The plan of study {config[study]}; the picture of it is results/{config[study]}/figures/grid.pdf."
     shell:
-        "finegrid show-plan {params.study} 2> {log}"
+        "finegrid plan {params.study} && finegrid figure {params.study} grid --log {log} 2> /dev/null"
+        " && echo Picture of it: results/{params.study}/figures/grid.png"
 
 
 rule figures:

@@ -1,111 +1,293 @@
-"""The plan's arithmetic against transformers' Trainer, and the limits that the data is held against."""
+"""The plan: made of little, exact where the data is known, stopped by errors, left alone when times alone moved."""
 
 from __future__ import annotations
 
+import csv
 import json
-import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from finegrid.errors import UserError
-from finegrid.plan import make_plan, training_arithmetic, write_plan
-from finegrid.settings import RunSettings
+from finegrid.plan import (
+    Context,
+    evaluation_needs,
+    hardware_of,
+    make_plan,
+    totals,
+    training_needs,
+    write_plan,
+)
+from finegrid.plan_table import print_plan
 from finegrid.study import load_study
 
+HUB = {"model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "revision": "0123456789abcdef0123456789abcdef01234567"}
 RECIPE = {
-    "model": {"model_name_or_path": "./model"},
+    "model": HUB,
     "data_config": {
         "train_file": "data/raw/sums/train.jsonl",
         "val_file": "data/raw/sums/val.jsonl",
         "test_file": "data/raw/sums/test.jsonl",
     },
-    "training_args": {"max_steps": 10, "evaluation_strategy": "steps", "eval_steps": 5, "learning_rate": 1e-4},
+    "training_args": {
+        "max_steps": 10,
+        "evaluation_strategy": "steps",
+        "eval_steps": 5,
+        "learning_rate": 1e-4,
+        "bf16": True,
+    },
 }
 STUDY = {
+    "title": "Which method?",
     "recipe": "recipe.yaml",
-    "factors": {"method": {"full": {"peft_config": None}, "lora": {"peft_config": {"r": 8}}}},
-    "seeds": [0],
+    "factors": {
+        "method": {
+            "full": {"peft_config": None, "training_args.learning_rate": 1e-5},
+            "lora": {"peft_config": {"r": 8}, "model.dtype": "bfloat16"},
+        }
+    },
+    "seeds": [0, 1, 2],
 }
-TRAIN = {"rows_in": 100, "rows": 100, "truncated_answers": 5, "dropped": {}, "label_tokens": 1000}
-
-
-def arithmetic(rows: int, **arguments) -> dict:
-    recipe = RunSettings(model={"model_name_or_path": "./model"}, training_args=arguments)
-    return training_arithmetic(recipe, {"rows": rows, "label_tokens": 10 * rows})
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 31, 32, 100])
-@pytest.mark.parametrize("accumulation", [1, 3, 4])
-@pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 3.0}, {"num_train_epochs": 0.4}])
-def test_steps_and_epochs_are_the_trainers(rows, accumulation, length, tmp_path):
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, **length}
-    data = torch.utils.data.TensorDataset(torch.zeros(rows))
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **given)
-    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=data)
-    theirs = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    ours = arithmetic(rows, **given)
-    assert ours["steps"] == theirs[-1]
-    assert ours["effective_batch_size"] == theirs[4]
-    assert ours["epochs"] == pytest.approx(theirs[-1] / theirs[1], abs=1e-4)
-
-
-def test_warmup_below_one_is_a_share_of_the_steps():
-    assert arithmetic(100, max_steps=30, warmup_steps=0.1)["warmup_steps"] == 3
-    assert arithmetic(100, max_steps=30, warmup_steps=0.01)["warmup_steps"] == 1
-    assert arithmetic(100, max_steps=30, warmup_steps=7)["warmup_steps"] == 7
-
-
-def test_label_tokens_of_whole_and_part_epochs():
-    # 10 rows, batch 4: 3 steps an epoch, the last one of 2 rows; 10 label tokens a row.
-    assert arithmetic(10, max_steps=3, per_device_train_batch_size=4)["label_tokens"] == 100
-    assert arithmetic(10, max_steps=6, per_device_train_batch_size=4)["label_tokens"] == 200
-    assert arithmetic(10, max_steps=5, per_device_train_batch_size=4)["label_tokens"] == 180
+SPLIT = {
+    "rows_in": 100,
+    "rows": 100,
+    "truncated_answers": 5,
+    "dropped": {},
+    "label_tokens": 1000,
+    "tokens": 3000,
+    "prompt_lengths": {"quantiles": {"max": 40}},
+    "answer_lengths": {"quantiles": {"50": 10, "90": 12, "99": 15, "max": 20}},
+}
+ROW = {"instruction": "How much is two and two?", "input": "", "output": "It is four, as everybody knows."}
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """Return a function that lays out a project with a token report and loads its study."""
+def project(tmp_path):
+    """A project folder with raw files, and a function that loads a study with changes to study and recipe."""
+    raw = tmp_path / "data/raw/sums"
+    raw.mkdir(parents=True)
+    for split, count in {"train": 64, "val": 8, "test": 8}.items():
+        (raw / f"{split}.jsonl").write_text((json.dumps(ROW) + "\n") * count)
 
-    def plan(limits: dict | None = None, **train):
-        recipe = RECIPE | {"data_config": RECIPE["data_config"] | {"limits": limits or {}}}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        (tmp_path / "sums.yaml").write_text(yaml.safe_dump(STUDY))
-        study = load_study("sums.yaml", tmp_path)
-        clean = {"rows": {"train": {"in": 100, "rejected": 10}}, "leaks": {"rows_left": 0}}
-        report = {"splits": {"train": TRAIN | train}, "clean": clean, "findings": []}
-        for run in study.all_runs:
-            folder = tmp_path / "data/tokens" / f"{run.dataset}-{run.tokens_id}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(json.dumps(report))
-        return study
+    def study(recipe: dict | None = None, **changes):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | (recipe or {})))
+        (tmp_path / "sums.yaml").write_text(yaml.safe_dump(STUDY | changes))
+        return load_study(Path("sums.yaml"), tmp_path)
 
-    return plan
+    return tmp_path, study
 
 
-def test_plan_lists_base_runs_findings_and_notes(planned, tmp_path):
-    study = planned()
-    write_plan(study, tmp_path)
-    plan = json.loads((tmp_path / "results/sums/plan.json").read_text())
-    assert [(run["arm"], run["train"]) for run in plan["runs"]] == [("base", False), ("full", True), ("lora", True)]
-    places = {finding["place"] for finding in plan["findings"]}
-    assert places == {"seeds", "training_args.learning_rate"}
+def tokenise(study, folder, **train) -> None:
+    """Lay out the token reports that the data stage would have written."""
+    clean = {"rows": {"train": {"in": 100, "rejected": 10}}, "leaks": {"rows_left": 0}}
+    splits = {"train": SPLIT | train, "validation": SPLIT, "test": SPLIT}
+    for run in study.all_runs:
+        path = folder / "data/tokens" / f"{run.dataset}-{run.tokens_id}" / "report.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"splits": splits, "clean": clean, "findings": []}))
+
+
+def entries(plan, arm) -> list[dict]:
+    return [run for run in plan["runs"] if run["arm"] == arm]
+
+
+# ---------------------------------------------------------------- before anything is there
+
+
+def test_plan_of_a_hub_model_needs_neither_its_weights_nor_prepared_data_nor_torch(project):
+    folder, study = project
+    study(hardware={"gpus": ["a100-80gb"]})
+    (folder / "config/studies").mkdir(parents=True)
+    (folder / "sums.yaml").rename(folder / "config/studies/sums.yaml")
+    code = (
+        "import sys; from finegrid.cli import app; sys.argv = ['finegrid', 'plan', 'sums']\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((folder / "results/sums/plan.json").read_text())
+    lora = entries(plan, "lora")[0]
+    assert lora["device"] == "a100-80gb"
+    assert lora["fits"] is True
+    assert lora["memory"]["weights"] == 2 * 3_085_938_688  # the published number of parameters, in bf16
+    assert lora["steps"] == 10
+    assert lora["exact"] is False
+    assert "raw files" in done.stdout
+
+
+def test_preview_gives_way_to_the_token_report(project):
+    folder, study = project
+    the_study = study()
+    before = entries(make_plan(the_study, folder), "lora")[0]
+    tokenise(the_study, folder)
+    after = entries(make_plan(the_study, folder), "lora")[0]
+    assert (before["train_rows"], before["exact"]) == (64, False)
+    assert (after["train_rows"], after["exact"]) == (100, True)
+    # batch 8 (transformers' default) on 100 rows: 10 steps see 80 of them.
+    assert after["label_tokens"] == 800
+    assert after["tokens_seen"] == 2400
+    # The longest row is now known: 40 tokens of prompt and 20 of answer.
+    assert after["memory"] != before["memory"]
+
+
+def test_files_hold_a_row_for_each_arm_and_run_and_every_finding(project):
+    folder, study = project
+    the_study = study(seeds=[0])
+    tokenise(the_study, folder)
+    write_plan(the_study, folder)
+    plan = json.loads((folder / "results/sums/plan.json").read_text())
+    # Weights in fp32 and in bf16 are two bases.
+    assert [(run["method"], run["train"]) for run in plan["runs"]] == [
+        ("base", False),
+        ("base", False),
+        ("full", True),
+        ("lora", True),
+    ]
+    assert {"seeds"} <= {finding["place"] for finding in plan["findings"]}
     assert any("evaluation_strategy" in note and "eval_strategy" in note for note in plan["notes"])
-    assert len((tmp_path / "results/sums/plan.tsv").read_text().splitlines()) == 4
+    with (folder / "results/sums/plan.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["run"] for row in rows] == [run["run"] for run in plan["runs"]]
+    lora = rows[-1]
+    product = int(lora["per_device_train_batch_size"]) * int(lora["gpus"]) * int(lora["gradient_accumulation_steps"])
+    assert product == int(lora["effective_batch_size"])
+    assert int(lora["total"]) == plan["runs"][-1]["memory"]["total"]
 
 
-def test_lowered_limit_is_told_though_the_data_is_made(planned, tmp_path):
-    make_plan(planned(), tmp_path)
-    with pytest.raises(UserError, match=r"truncated_answers: 1\.0% allowed, 5 of 100 answers of train are cut"):
-        make_plan(planned({"truncated_answers": 0.01}), tmp_path)
-    with pytest.raises(UserError, match=r"dropped: 5\.0% allowed, cleaning rejected 10 of 100"):
-        make_plan(planned({"dropped": 0.05}), tmp_path)
+def test_run_of_two_arms_counts_once_in_the_totals():
+    run = {"run": "full-1", "train": True, "seconds": 60, "gpu_hours": 1.0, "label_tokens": 5, "output_bytes": 7,
+           "disk_bytes": 9, "memory": {"total": 3}}  # fmt: skip
+    base = {"run": "base-1", "train": False}
+    found = totals([base, run | {"arm": "a"}, run | {"arm": "b"}])
+    assert (found["runs"], found["base_runs"], found["gpu_hours"], found["memory_bytes"]) == (1, 1, 1.0, 3)
+    unknown = totals([base, run, run | {"run": "full-2", "gpu_hours": None}])
+    assert unknown["gpu_hours"] is None
+    assert unknown["seconds"] == 120
 
 
-def test_missing_token_report_says_what_makes_it(planned, tmp_path):
-    study = planned()
-    shutil.rmtree(tmp_path / "data")
-    with pytest.raises(UserError, match="`snakemake plan --config study=sums` makes it"):
-        make_plan(study, tmp_path)
+# ---------------------------------------------------------------- what is written when
+
+
+def test_plan_that_differs_in_times_alone_is_left_as_it_is(project):
+    folder, study = project
+    the_study = study()
+    path = folder / "results/sums/plan.json"
+    write_plan(the_study, folder)
+    recorded = json.loads(path.read_text())
+    for run in recorded["runs"]:
+        if run["train"]:
+            run |= {"seconds": 1, "gpu_hours": 0.5, "time_source": "another day"}
+    recorded["totals"] |= {"seconds": 6, "gpu_hours": 3.0}
+    path.write_text(json.dumps(recorded))
+    write_plan(the_study, folder)
+    assert json.loads(path.read_text()) == recorded
+    tokenise(the_study, folder)  # now something else differs
+    write_plan(the_study, folder)
+    assert json.loads(path.read_text()) != recorded
+
+
+def test_plan_with_an_error_is_not_written(project):
+    folder, study = project
+    plan = write_plan(study(hardware={"gpus": ["rtx-4090"]}), folder)
+    assert [finding["severity"] for finding in plan["findings"]].count("error") == 1
+    assert plan["findings"][0]["severity"] == "error"
+    assert not (folder / "results").exists()
+
+
+def test_lowered_limit_is_an_error_though_the_data_is_made(project):
+    folder, study = project
+
+    def limited(**limits):
+        the_study = study({"data_config": RECIPE["data_config"] | {"limits": limits}})
+        tokenise(the_study, folder)
+        found = make_plan(the_study, folder)["findings"]
+        return " ".join(finding["message"] for finding in found if finding["severity"] == "error")
+
+    assert limited() == ""
+    assert "5 of 100" in limited(truncated_answers=0.01)
+    assert "10 of 100" in limited(dropped=0.05)
+
+
+# ---------------------------------------------------------------- hardware
+
+
+def test_each_run_is_planned_for_the_first_gpu_that_holds_it(project):
+    folder, study = project
+    plan = make_plan(study(hardware={"gpus": ["rtx-4090", "a100-80gb"]}), folder)
+    assert {run["device"] for run in entries(plan, "lora")} == {"rtx-4090"}
+    # 3.1e9 parameters x 16 bytes in fp32 with AdamW: more than 24 GiB.
+    assert {run["device"] for run in entries(plan, "full")} == {"a100-80gb"}
+
+
+def test_what_is_named_for_the_machine_goes_before_what_the_study_names(project):
+    folder, study = project
+    the_study = study(hardware={"gpus": ["rtx-4090"]})
+    (folder / "config").mkdir()
+    assert [card.name for card in hardware_of(the_study, folder).gpus] == ["rtx-4090"]
+    (folder / "config/config.yaml").write_text("gpus: [a100-80gb]\n")
+    assert [card.name for card in hardware_of(the_study, folder).gpus] == ["a100-80gb"]
+    assert [card.name for card in hardware_of(the_study, folder, "h100-80gb, rtx-3090").gpus] == [
+        "h100-80gb",
+        "rtx-3090",
+    ]
+    mine = hardware_of(the_study, folder, '[{"name": "mine", "memory": "10GB"}]')
+    assert mine.gpus[0].name == "mine"
+    assert hardware_of(the_study, folder, "[]").gpus == ()
+    assert [card.name for card in hardware_of(the_study, folder, "auto").gpus] == ["rtx-4090"]
+    with pytest.raises(UserError, match=r"rtx-4099.*did you mean 'rtx-409"):
+        hardware_of(the_study, folder, "rtx-4099")
+
+
+def test_run_that_asks_for_the_cpu_is_planned_for_it(project):
+    folder, study = project
+    arguments = RECIPE["training_args"] | {"use_cpu": True}
+    plan = make_plan(study({"training_args": arguments}, hardware={"gpus": ["rtx-4090"]}), folder)
+    run = entries(plan, "lora")[0]
+    assert (run["device"], run["fits"]) == ("cpu", None)
+
+
+# ---------------------------------------------------------------- what jobs ask for
+
+
+def test_jobs_ask_for_what_the_plan_says(project):
+    folder, study = project
+    the_study = study(hardware={"gpus": ["a100-80gb"]})
+    plan = make_plan(the_study, folder)
+    context = Context(the_study.name, folder, hardware_of(the_study, folder))
+    run = the_study.run(entries(plan, "full")[0]["run"])
+    needs = training_needs(context, run)
+    assert needs["gpus"] == 1
+    assert needs["mem_mb"] * 1e6 > 4 * 3_085_938_688  # the weights pass through the host's memory
+    assert needs["runtime"] * 60 > entries(plan, "full")[0]["seconds"]
+    assert evaluation_needs(context, run)["gpus"] == 1
+
+
+def test_jobs_on_the_cpu_ask_for_the_memory_of_the_process(project):
+    folder, study = project
+    arguments = RECIPE["training_args"] | {"use_cpu": True}
+    the_study = study({"training_args": arguments})
+    context = Context(the_study.name, folder, hardware_of(the_study, folder))
+    for run in the_study.runs:
+        total = context.facts(run)["memory"]["total"]
+        assert total < training_needs(context, run)["mem_mb"] * 1e6 < 1.2 * total
+        assert training_needs(context, run)["gpus"] == 0
+
+
+# ---------------------------------------------------------------- on the terminal
+
+
+def test_printed_plan_fits_100_columns_and_leaves_the_rest_to_the_file(project, capsys):
+    folder, study = project
+    ranks = {"key": "peft_config.r", "levels": list(range(1, 61))}
+    long = {"a very long name of a level that nobody would choose": {"training_args.weight_decay": 0.1}, "b": {}}
+    factors = {"rank": ranks, "decay of the weights": long}
+    recipe = {"peft_config": {"r": 8}, "model": HUB | {"dtype": "bfloat16"}}
+    print_plan(make_plan(study(recipe, factors=factors, hardware={"gpus": ["a100-80gb"]}), folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any("more rows" in line and "plan.tsv" in line for line in lines)
+    assert any("effective batch" in line for line in lines)

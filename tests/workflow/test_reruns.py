@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from finegrid.figures import FIGURES as FIGURE_NAMES
+from finegrid.figures import PLAN_FIGURES
 
 pytestmark = pytest.mark.slow
 
-FIGURES = len(FIGURE_NAMES)
+FIGURES = len(FIGURE_NAMES) - len(PLAN_FIGURES)  # the plan's are no work of what comes after training
 AFTER_EVALUATION = {"compare": 1, "figure": FIGURES, "study_tables": 1, "study_report": 1}
 
 
@@ -71,18 +72,37 @@ def test_changed_figure_logic_redraws_that_figure(checkout):
 
 def test_added_level_trains_only_its_own_runs(checkout):
     checkout.edit("config/studies/tiny.yaml", "seeds:", "    wide: {peft_config.r: 16}\nseeds:")
-    assert checkout.pending() == {"study_plan": 1, "train_adapter": 2, "evaluate": 2, **AFTER_EVALUATION}
+    assert checkout.pending() == {
+        "study_plan": 1,
+        "plan_figure": 1,
+        "train_adapter": 2,
+        "evaluate": 2,
+        **AFTER_EVALUATION,
+    }
 
 
 def test_added_seed_trains_one_run_an_arm(checkout):
     checkout.edit("config/studies/tiny.yaml", "seeds: [0, 1]", "seeds: [0, 1, 2]")
     pending = checkout.pending()
-    assert pending == {"study_plan": 1, "train_adapter": 1, "train_model": 1, "evaluate": 2, **AFTER_EVALUATION}
+    assert pending == {
+        "study_plan": 1,
+        "plan_figure": 1,
+        "train_adapter": 1,
+        "train_model": 1,
+        "evaluate": 2,
+        **AFTER_EVALUATION,
+    }
 
 
 def test_changed_setting_of_one_level_trains_its_runs_anew(checkout):
     checkout.edit("config/studies/tiny.yaml", "peft_config.r: 4", "peft_config.r: 2")
-    assert checkout.pending() == {"study_plan": 1, "train_adapter": 2, "evaluate": 2, **AFTER_EVALUATION}
+    assert checkout.pending() == {
+        "study_plan": 1,
+        "plan_figure": 1,
+        "train_adapter": 2,
+        "evaluate": 2,
+        **AFTER_EVALUATION,
+    }
 
 
 def test_changed_generation_setting_evaluates_again_without_training(checkout):
@@ -108,6 +128,7 @@ def test_changed_row_of_raw_data_reruns_everything_after_it(checkout):
         "tokenise": 1,
         "data_report": 1,
         "study_plan": 1,
+        "plan_figure": 1,
         "train_adapter": 2,
         "train_model": 2,
         "evaluate": 5,
@@ -127,8 +148,8 @@ def test_single_targets_work(checkout):
     for path in (checkout.folder / "results/tiny/figures").iterdir():
         path.unlink()
     assert checkout.pending(f"results/tiny/metrics/{run}.json") == {}
-    assert checkout.pending("figures") == {"figures": 1, "figure": FIGURES}
-    assert "full-" in checkout.snakemake("plan").stdout
+    assert checkout.pending("figures") == {"figures": 1, "figure": FIGURES, "plan_figure": 1}
+    assert "effective batch" in checkout.snakemake("plan").stdout
 
 
 # ---------------------------------------------------------------- what the finished study left behind

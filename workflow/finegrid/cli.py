@@ -35,6 +35,14 @@ StudyOption = Annotated[
     str | None, typer.Option(envvar="FINEGRID_STUDY", help="Study to look in first; then all of config/studies.")
 ]
 Scratch = Annotated[Path, typer.Option(envvar="FINEGRID_SCRATCH", help="Folder for checkpoints of unfinished runs.")]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FINEGRID_GPUS",
+        help="GPUs to plan for, such as rtx-4090,a100-80gb; the first that a run fits on is taken. auto: the study's, "
+        "or those of this machine. Default: `gpus` of config/config.yaml.",
+    ),
+]
 Log = Annotated[Path | None, typer.Option(help="File for everything that the libraries print.")]
 
 app = typer.Typer(
@@ -138,20 +146,25 @@ def resolve(
 
 
 @app.command()
-def plan(study: StudyName, log: Log = None) -> None:
-    """Write the study's plan: every run with its batch, steps, label tokens and findings."""
+def plan(study: StudyName, gpus: Gpus = None, log: Log = None) -> None:
+    """Show all that a study will do, need and prove; needs no weights, no GPU and no prepared data.
+
+    Writes plan.json and plan.tsv beside the study's results. Errors among its findings end with status 1 and stop
+    every later stage.
+    """
     with _stage(f"plan {study}", log):
-        from finegrid.plan import write_plan
+        from finegrid.plan import errors, write_plan
 
-        write_plan(_study(study), Path.cwd())
+        made = write_plan(_study(study), Path.cwd(), gpus)
+        if log is not None:
+            if errors(made):
+                raise UserError(*errors(made))
+            return
+        from finegrid.plan_table import print_plan
 
-
-@app.command("show-plan")
-def show_plan(study: StudyName) -> None:
-    """Print the study's plan as a table."""
-    from finegrid.plan import print_plan
-
-    print_plan(layout.RESULTS / _study(study).name / "plan.json")
+        print_plan(made)
+        if errors(made):
+            raise SystemExit(1)
 
 
 @app.command()
@@ -289,7 +302,7 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
     with _stage(f"figure {name}", log):
         import importlib
 
-        from finegrid.figures import FIGURES
+        from finegrid.figures import FIGURES, PLAN_FIGURES
         from finegrid.fingerprint import code_fingerprint
 
         if name not in FIGURES:
@@ -298,7 +311,8 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
         the_study = _study(study)
         results = layout.RESULTS / the_study.name
         importlib.import_module(module).draw(results, results / "figures" / name)
-        _write_study_provenance(the_study, results / "figures" / f"{name}.json", code=code_fingerprint(module))
+        inputs = {"plan.json": results / "plan.json"} if name in PLAN_FIGURES else _study_inputs(the_study)
+        _write_study_provenance(the_study, results / "figures" / f"{name}.json", inputs, code_fingerprint(module))
 
 
 @app.command()
@@ -314,7 +328,8 @@ def tables(study: StudyName, log: Log = None) -> None:
         write_tables(results, results / "tables")
         write_numbers(results, results / "tables" / "numbers.tex")
         code = code_fingerprint("finegrid.publication.tables")
-        _write_study_provenance(the_study, results / "tables" / "provenance.json", code=code)
+        inputs = _study_inputs(the_study)
+        _write_study_provenance(the_study, results / "tables" / "provenance.json", inputs, code)
 
 
 @app.command()
@@ -456,12 +471,15 @@ def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
     )
 
 
-def _write_study_provenance(study: Study, output: Path, *, code: str) -> None:
-    from finegrid import provenance
-
+def _study_inputs(study: Study) -> dict[str, Path]:
     results = layout.RESULTS / study.name
     inputs = {path.name: path for path in (results / "plan.json", *sorted((results / "comparison").glob("*")))}
-    inputs |= {f"metrics/{run.id}": results / "metrics" / f"{run.id}.json" for run in study.all_runs}
+    return inputs | {f"metrics/{run.id}": results / "metrics" / f"{run.id}.json" for run in study.all_runs}
+
+
+def _write_study_provenance(study: Study, output: Path, inputs: dict[str, Path], code: str) -> None:
+    from finegrid import provenance
+
     provenance.write(output, Path.cwd(), inputs=inputs, study=study.name, code=code, command=_command())
 
 

@@ -1,7 +1,9 @@
-"""What a study will do, before it starts: arms, runs, batches, steps, label tokens and findings.
+"""What a study will do, need and prove, before it starts: batches, steps, label tokens, memory, time and findings.
 
-Reads the study, the token reports and the sizes of the base models' files; writes ``plan.json`` and ``plan.tsv``.
-Every later stage takes the study's shape from the plan.
+Reads the study, the base models' ``config.json`` and, where they are there, the token reports; before the data stage
+it goes by a preview of the raw files and says so. No weights, no GPU, no torch. Writes ``plan.json`` and ``plan.tsv``;
+every later stage takes the study's shape from the plan, and the rules take their jobs' resources from
+:func:`training_needs` and :func:`evaluation_needs`.
 """
 
 from __future__ import annotations
@@ -9,73 +11,102 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finegrid import layout
-from finegrid.errors import UserError
+from finegrid.arithmetic import disk, training_arithmetic
 from finegrid.files import whole, write_json
+from finegrid.findings import find
+from finegrid.fingerprint import short_hash
+from finegrid.forecast import Throughputs, training_seconds
+from finegrid.gpus import Gpu, detected, gpu
+from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
+from finegrid.preview import data_preview
+from finegrid.shapes import model_config
+from finegrid.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
     from finegrid.study import Run, Study
 
-WIDTH = 100  # of the printed plan
+CONFIG = Path("config/config.yaml")
 COLUMNS = [
-    "arm",
-    "run",
-    "method",
-    "seed",
-    "tuned",
-    "per_device_train_batch_size",
-    "gpus",
-    "gradient_accumulation_steps",
-    "effective_batch_size",
-    "steps",
-    "epochs",
-    "warmup_steps",
-    "train_rows",
-    "label_tokens",
-]
+    "arm", "run", "method", "seed", "tuned", "per_device_train_batch_size", "gpus", "gradient_accumulation_steps",
+    "effective_batch_size", "steps", "epochs", "warmup_steps", "train_rows", "label_tokens", "tokens_seen",
+    "evaluations", "checkpoints", "checkpoint_bytes", "disk_bytes", "output_bytes", "device", "fits", "weights",
+    "adapters", "gradients", "optimiser", "activations", "logits", "quantisation", "runtime", "total", "host",
+    "seconds", "gpu_hours", "time_source", "exact", "unknown",
+]  # fmt: skip
+# Estimates that change while runs of the study finish; a plan that differs in nothing else is the same plan.
+TIMES = ("seconds", "gpu_hours", "time_source")
+MEGABYTE = 10**6
+MARGIN = 1.1  # on the memory that a job is given: batches differ, and so do allocators
 
 
-def write_plan(study: Study, project: Path) -> None:
-    """Write ``results/<study>/plan.json`` and ``plan.tsv`` (one row an arm and run)."""
-    plan = make_plan(study, project)
+# ---------------------------------------------------------------- the plan and its files
+
+
+def write_plan(study: Study, project: Path, gpus: str | list | None = None) -> dict:
+    """Make the plan and write ``results/<study>/plan.json`` and ``plan.tsv`` (one row an arm and run); return it.
+
+    Files that differ in the estimates of time alone are left as they are, so that looking at a plan again makes
+    nothing anew. A plan with an error among its findings is not written.
+
+    Args:
+        gpus: GPUs to plan for, see :func:`hardware_of`.
+    """
+    plan = make_plan(study, project, gpus)
     output = project / layout.RESULTS / study.name
+    if errors(plan) or _on_record(output / "plan.json") == _lasting(plan):
+        return plan
     write_json(output / "plan.json", plan)
     with whole(output / "plan.tsv") as half, half.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for run in plan["runs"]:
-            writer.writerow({**run, "tuned": "; ".join(f"{key}={value}" for key, value in run["tuned"].items())})
+            tuned = "; ".join(f"{key}={value}" for key, value in run["tuned"].items())
+            unknown = "; ".join(f"{key}: {reason}" for key, reason in run.get("unknown", {}).items())
+            writer.writerow({**run, **(run.get("memory") or {}), "tuned": tuned, "unknown": unknown})
+    return plan
 
 
-def make_plan(study: Study, project: Path) -> dict:
-    """Return the plan: ``study, title, compare, seeds, tune, arms, runs, notes, findings``.
+def errors(plan: Mapping) -> list[str]:
+    """Return the plan's findings that stop every later stage, each as one line."""
+    return [finding_line(finding) for finding in plan["findings"] if finding["severity"] == "error"]
+
+
+def finding_line(finding: Mapping[str, str]) -> str:
+    """Return a finding as one line: place, what was found, what mends it."""
+    return f"{finding['place']}: {finding['message']}; {finding['mend']}"
+
+
+def make_plan(study: Study, project: Path, gpus: str | list | None = None) -> dict:
+    """Return the plan: ``study, title, compare, seeds, tune, arms, runs, hardware, totals, notes, findings``.
 
     Notes say what of the study's files was read differently from how it stands there, such as an old name.
-
-    Raises:
-        UserError: a token report is not there yet, or the data is past a limit that was lowered after it was made.
     """
-    reports: dict[str, dict] = {}
-    runs = []
-    for run in study.all_runs:
-        folder = layout.tokens_folder(run)
-        if folder.name not in reports:
-            reports[folder.name] = _read(project / folder / "report.json", study.name)
-        tokens = reports[folder.name]["splits"]["train"]
-        facts = training_arithmetic(run.settings, tokens) if run.method != "base" else {}
-        runs += [_entry(run, arm) | facts for arm in run.arms]
-    over = [problem for run in study.runs for problem in _past_limits(run, reports[layout.tokens_folder(run).name])]
-    if over:
-        raise UserError(*dict.fromkeys(over))
+    context = Context(study.name, project, hardware_of(study, project, gpus), _configured(project).get("threads", 1))
+    runs = [_entry(run, arm) | facts for run in study.all_runs for facts in [context.facts(run)] for arm in run.arms]
     plan = plan_settings(study)
+    del plan["settings"], plan["limits"]
     plan["runs"] = runs
+    plan["hardware"] = {"gpus": [card.name for card in context.hardware.gpus], "source": context.hardware.source}
+    plan["totals"] = totals(runs)
     plan["notes"] = list(study.notes)
-    plan["findings"] = [finding for report in reports.values() for finding in report["findings"]] + findings(study)
+    settings = {run.id: run.settings for run in study.all_runs}
+    reports = context.reports
+    plan["findings"] = find(
+        study,
+        runs,
+        {name: reports[name] or context.previews.get(name) for name in reports},
+        settings,
+        context.hardware.gpus,
+    )
+    plan["findings"] += [finding for report in reports.values() if report for finding in report["findings"]]
     return plan
 
 
@@ -92,165 +123,52 @@ def plan_settings(study: Study) -> dict:
             for arm in study.base_arms + study.arms
         ],
         "runs": [run.id for run in study.all_runs],
+        # The ids leave out how often a run saves and evaluates, and what may be lost.
+        "settings": short_hash([run.settings.training_args for run in study.runs]),
         "limits": [limits for _, limits in sorted({run.data_id: _limits(run) for run in study.runs}.items())],
     }
 
 
-def training_arithmetic(settings: RunSettings, tokens: dict) -> dict:
-    """Return batch, steps, epochs, warmup and label tokens of a run, as transformers' Trainer counts them.
+def totals(runs: Sequence[Mapping]) -> dict[str, Any]:
+    """Return what the study comes to: runs, evaluations, hours and disk; a run of several arms counts once.
 
-    Args:
-        settings: the run's settings.
-        tokens: the train part of the token report: ``rows`` and ``label_tokens`` of one epoch.
-
-    Label tokens are exact for whole epochs; for a part of an epoch they are its share of the rows, rounded.
-    Source: ``Trainer.set_initial_training_values``.
+    A sum over runs of which one is unknown is None.
     """
-    batch = settings.training_arg("per_device_train_batch_size")
-    accumulation = settings.training_arg("gradient_accumulation_steps")
-    gpus = 1
-    effective = batch * gpus * accumulation
-    rows = tokens["rows"]
-    per_epoch = max(math.ceil(math.ceil(rows / (batch * gpus)) / accumulation), 1)
-    steps = settings.training_arg("max_steps")
-    if steps <= 0:
-        steps = math.ceil(settings.training_arg("num_train_epochs") * per_epoch)
-    whole, part = divmod(steps, per_epoch)
-    rows_seen = whole * rows + min(part * effective, rows)
-    warmup = settings.training_arg("warmup_steps")
+    trained = list({run["run"]: run for run in runs if run["train"]}.values())
+    base = {run["run"] for run in runs if not run["train"]}
     return {
-        "per_device_train_batch_size": batch,
-        "gpus": gpus,
-        "gradient_accumulation_steps": accumulation,
-        "effective_batch_size": effective,
-        "steps": steps,
-        "epochs": round(steps / per_epoch, 4),
-        "warmup_steps": int(warmup) if warmup >= 1 else math.ceil(steps * warmup),
-        "train_rows": rows,
-        "label_tokens": round(tokens["label_tokens"] * rows_seen / rows) if rows else 0,
+        "runs": len(trained),
+        "base_runs": len(base),
+        "seconds": _sum(run["seconds"] for run in trained),
+        "gpu_hours": _sum(run["gpu_hours"] for run in trained),
+        "label_tokens": _sum(run["label_tokens"] for run in trained),
+        "output_bytes": _sum(run["output_bytes"] for run in trained),
+        "disk_bytes": _sum(run["disk_bytes"] for run in trained),
+        "memory_bytes": max((run["memory"]["total"] for run in trained if run["memory"]), default=None),
     }
 
 
-def findings(study: Study) -> list[dict]:
-    """Return what makes the study's comparison weaker than it looks."""
-    found = []
-    if len(study.seeds) == 1:
-        found.append(
-            {
-                "severity": "warning",
-                "place": "seeds",
-                "message": "one seed: differences between arms can't be told from the luck of the seed",
-                "mend": "give at least three seeds",
-            }
-        )
-    rates: dict[float, set[str]] = {}
-    for run in study.runs:
-        kind = "full fine-tuning" if run.settings.method == "full" else "adapters"
-        rates.setdefault(run.settings.training_arg("learning_rate"), set()).add(kind)
-    if not study.tune:
-        for rate, kinds in rates.items():
-            if len(kinds) > 1:
-                found.append(
-                    {
-                        "severity": "warning",
-                        "place": "training_args.learning_rate",
-                        "message": f"full fine-tuning and adapters are trained at the same learning rate {rate}; "
-                        "the best rate of adapters is about ten times higher",
-                        "mend": "give each method its own learning rate, or tune it inside each arm",
-                    }
-                )
-    return found
+def _sum(values) -> float | None:
+    values = list(values)
+    return None if any(value is None for value in values) else sum(values)
 
 
-def memory_estimate(settings: RunSettings, project: Path, train: bool = True) -> int:
-    """Return roughly how much memory (MB) a job takes: weights, gradients, two optimiser moments, and the process.
-
-    The weights' size is that of their files; before a hub model is fetched it is taken as 4 GB.
-    """
-    files = list((project / layout.model_folder(settings.model)).glob("*.safetensors"))
-    weights = sum(path.stat().st_size for path in files) / 1e6 if files else 4000
-    if train:
-        return round(1500 + weights * (4.2 if settings.method == "full" else 1.2))
-    return round(1200 + weights * 1.2)
+def _on_record(path: Path) -> dict | None:
+    try:
+        return _lasting(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError):  # none, or one of an earlier form
+        return None
 
 
-def print_plan(path: Path) -> None:
-    """Print ``plan.json`` as a table of at most 100 columns.
-
-    Raises:
-        UserError: there is no plan yet.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    plan = _read(path, path.parent.name)
-    console = Console()
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    title = f"{plan['study']}: {plan['title']}"
-    caption = "effective batch = batch per device × GPUs × accumulation steps"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False)
-    table.add_column("arm", overflow="fold")
-    table.add_column("run", no_wrap=True)
-    table.add_column("tuned", overflow="fold")
-    for column in ("seed", "effective batch", "steps", "epochs", "label tokens"):
-        table.add_column(column, justify="right")
-    for run in plan["runs"]:
-        if not run["train"]:
-            table.add_row(run["arm"], run["run"], "", "", "untrained")
-            continue
-        batch = "{effective_batch_size} = {per_device_train_batch_size}×{gpus}×{gradient_accumulation_steps}"
-        table.add_row(
-            run["arm"],
-            run["run"],
-            "\n".join(f"{key} {value}" for key, value in run["tuned"].items()),
-            str(run["seed"]),
-            batch.format(**run),
-            f"{run['steps']:,}",
-            f"{run['epochs']:g}",
-            f"{run['label_tokens']:,}",
-        )
-    console.print(table)
-    for note in plan["notes"]:
-        console.print(f"note: {note}", markup=False)
-    for finding in plan["findings"]:
-        text = f"{finding['severity']}: {finding['place']}: {finding['message']}; {finding['mend']}"
-        console.print(text, markup=False)
-
-
-def _read(path: Path, study: str) -> dict:
-    if not path.exists():
-        raise UserError(f"{path}: not there yet; `snakemake plan --config study={study}` makes it first")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _lasting(plan: Mapping) -> dict:
+    """Return the plan without its estimates of time, as plain JSON data."""
+    runs = [{key: value for key, value in run.items() if key not in TIMES} for run in plan["runs"]]
+    kept = {key: value for key, value in plan["totals"].items() if key not in TIMES}
+    return json.loads(json.dumps({**plan, "runs": runs, "totals": kept}))
 
 
 def _limits(run: Run) -> dict:
     return run.settings.data_config.limits.model_dump()
-
-
-def _past_limits(run: Run, report: dict) -> list[str]:
-    """Hold the data against the limits as they are now: they are in no id, so lowering one makes nothing anew."""
-    limits, train = run.settings.data_config.limits, report["splits"]["train"]
-    cleaned = report["clean"]["rows"]["train"]
-    shares = {
-        "truncated_answers": ("answers of train are cut", train["truncated_answers"], train["rows"]),
-        "dropped": ("rows of train were dropped for their lengths", sum(train["dropped"].values()), train["rows_in"]),
-    }
-    found = [
-        f"data_config.limits.{key}: {getattr(limits, key):.1%} allowed, {count:,} of {total:,} {what}"
-        for key, (what, count, total) in shares.items()
-        if count > getattr(limits, key) * total
-    ]
-    if cleaned["rejected"] > limits.dropped * cleaned["in"]:
-        found.append(
-            f"data_config.limits.dropped: {limits.dropped:.1%} allowed, cleaning rejected "
-            f"{cleaned['rejected']:,} of {cleaned['in']:,} rows of train"
-        )
-    leaked = report["clean"]["leaks"]["rows_left"]
-    if leaked > limits.leaked:
-        found.append(
-            f"data_config.limits.leaked: {limits.leaked:,} allowed, {leaked:,} rows of train leak held-out rows"
-        )
-    return [f"{problem}; raise the limit or change the data settings" for problem in found]
 
 
 def _entry(run: Run, arm: str) -> dict:
@@ -265,3 +183,248 @@ def _entry(run: Run, arm: str) -> dict:
         "tokens": f"{run.dataset}-{run.tokens_id}",
         "train": run.method != "base",
     }
+
+
+# ---------------------------------------------------------------- hardware
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The GPUs that runs are planned for, in the order in which they are tried; none means the CPU."""
+
+    gpus: tuple[Gpu, ...] = ()
+    source: str = "no GPU here, none named"
+
+
+def hardware_of(study: Study, project: Path, given: str | list | None = None) -> Hardware:
+    """Return the GPUs to plan for: those given, else the study's own ``hardware``, else those of this machine.
+
+    Args:
+        given: ``auto``, names with commas, or a list of names and ``{name, memory, …}`` (also as JSON); None is the key
+            ``gpus`` of config/config.yaml.
+
+    Raises:
+        UserError: an unknown GPU, with the nearest name.
+    """
+    if given is None:
+        given = _configured(project).get("gpus")
+    entries = _gpu_entries(given)
+    if entries is not None:
+        return Hardware(tuple(gpu(entry) for entry in entries), "named by `gpus`" if entries else "`gpus` names none")
+    if study.hardware is not None:
+        return Hardware(tuple(gpu(entry) for entry in study.hardware), "named by the study")
+    found = tuple(detected())
+    return Hardware(found, "found on this machine") if found else Hardware()
+
+
+def _configured(project: Path) -> dict[str, Any]:
+    return read_yaml(project / CONFIG, CONFIG.as_posix())[0] if (project / CONFIG).exists() else {}
+
+
+def _gpu_entries(given: str | list | None) -> list | None:
+    """Return a list of GPUs; None for ``auto``."""
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{", '"')):
+        given = json.loads(given)
+    if given in (None, "auto"):
+        return None
+    if isinstance(given, str):
+        return [name.strip() for name in given.split(",") if name.strip()]
+    return given if isinstance(given, list) else [given]
+
+
+# ---------------------------------------------------------------- what one run does and needs
+
+
+@dataclass
+class Context:
+    """What the runs of a plan share: the hardware, and what was read once for all of them."""
+
+    study: str
+    project: Path
+    hardware: Hardware
+    threads: int = 1  # of one training on a CPU
+    reports: dict[str, dict | None] = field(default_factory=dict)  # token reports, by the folder's name
+    previews: dict[str, dict] = field(default_factory=dict)  # rows and tokens, by the same
+    _shapes: dict[tuple, tuple[Shape | None, str]] = field(default_factory=dict)
+
+    @cached_property
+    def throughputs(self) -> Throughputs:
+        """What earlier runs of this project were measured at."""
+        return Throughputs.read(self.project)
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """Return a trained run's part of the plan; nothing for an untrained base."""
+        report = self.report(run)
+        if run.method == "base":
+            return {}
+        data = self.data(run)
+        train = data["splits"]["train"]
+        facts = training_arithmetic(run.settings, train["rows"], train["label_tokens"], train["tokens"])
+        facts["tokens_seen"] = facts.pop("tokens")
+        facts["exact"] = report is not None
+        unknown = facts["unknown"]
+        if train["rows"] is None and data.get("unknown"):
+            unknown |= dict.fromkeys(unknown, data["unknown"])
+        shape, why = self.shape(run.settings)
+        if shape is None:
+            unknown["memory"] = why
+        facts |= self._disk(run.settings, shape, facts)
+        memory, card, fits = self.memory(run, shape)
+        facts |= {
+            "device": card.name if card else "cpu",
+            "memory": asdict(memory) if memory else None,
+            "fits": fits,
+        }
+        facts |= self._time(run, shape, facts, card)
+        facts["unknown"] = facts.pop("unknown")
+        return facts
+
+    def report(self, run: Run) -> dict | None:
+        """Return the run's token report, or None before the data stage; the study's own copy comes first."""
+        name = layout.tokens_folder(run).name
+        if name not in self.reports:
+            places = [
+                self.project / layout.RESULTS / self.study / "data" / f"{name}.json",
+                self.project / layout.TOKENS / name / "report.json",
+            ]
+            found = next((path for path in places if path.exists()), None)
+            self.reports[name] = json.loads(found.read_text(encoding="utf-8")) if found else None
+        return self.reports[name]
+
+    def data(self, run: Run) -> dict[str, Any]:
+        """Return ``splits`` with rows, label_tokens, tokens, prompt_max and answer_max: reported, else previewed."""
+        name = layout.tokens_folder(run).name
+        if name not in self.previews:
+            report = self.report(run)
+            vocabulary = getattr(self.shape(run.settings)[0], "vocabulary", None)
+            self.previews[name] = _reported(report) if report else data_preview(run.settings, self.project, vocabulary)
+        return self.previews[name]
+
+    def shape(self, settings: RunSettings) -> tuple[Shape | None, str]:
+        """Return the base model's shape, or None and why it is not known."""
+        key = (settings.model.model_name_or_path, settings.model.revision)
+        if key not in self._shapes:
+            config = model_config(settings.model, self.project)
+            self._shapes[key] = (
+                (shape_of(config[0]), config[1])
+                if config
+                else (None, f"no config.json of '{key[0]}' at hand; `finegrid model` fetches the model")
+            )
+        return self._shapes[key]
+
+    def memory(self, run: Run, shape: Shape | None) -> tuple[Memory | None, Gpu | None, bool | None]:
+        """Return memory, the first GPU that holds it (the largest if none does, None for the CPU), and whether."""
+        cards = () if run.settings.training_arg("use_cpu") else self.hardware.gpus
+        if shape is None:
+            return None, cards[0] if cards else None, None
+        rows = run.settings.training_arg("per_device_train_batch_size")
+        length, labels = self._lengths(run)
+        memory = training_memory(
+            run.settings,
+            shape,
+            rows=rows,
+            length=length,
+            labels=rows * labels,
+            device="cuda" if cards else "cpu",
+        )
+        if not cards:
+            return memory, None, None
+        fitting = next((card for card in cards if memory.total <= card.memory), None)
+        return memory, fitting or max(cards, key=lambda card: card.memory), fitting is not None
+
+    def _lengths(self, run: Run) -> tuple[int, int]:
+        """Return the tokens of the longest row, and its label tokens: no row can pass both limits."""
+        settings, train = run.settings, self.data(run)["splits"]["train"]
+        prompt = min(train.get("prompt_max") or math.inf, settings.max_input_length)
+        answer = min(train.get("answer_max") or math.inf, settings.max_output_length)
+        return prompt + answer, answer
+
+    def _disk(self, settings: RunSettings, shape: Shape | None, facts: Mapping) -> dict[str, int | None]:
+        if shape is None or facts["checkpoints"] is None:
+            return dict.fromkeys(("checkpoint_bytes", "disk_bytes", "output_bytes"))
+        return disk(settings, shape, facts["checkpoints"])
+
+    def _time(self, run: Run, shape: Shape | None, facts: Mapping, card: Gpu | None) -> dict[str, Any]:
+        splits = self.data(run)["splits"]
+        rows, tokens = splits["train"]["rows"], splits["train"]["tokens"]
+        forecast = training_seconds(
+            run.settings,
+            shape,
+            tokens=facts["tokens_seen"],
+            label_tokens=facts["label_tokens"],
+            length=tokens / rows if tokens and rows else None,
+            evaluations=facts["evaluations"],
+            validation_tokens=splits["validation"]["tokens"],
+            gpu=card,
+            measured=self.throughputs,
+            micro_batches=facts["steps"] * facts["gradient_accumulation_steps"] if facts["steps"] else None,
+            threads=self.threads,
+        )
+        seconds, hours = forecast.seconds, forecast.gpu_hours
+        return {
+            "seconds": None if seconds is None else round(seconds),
+            "gpu_hours": None if hours is None else round(hours, 4),
+            "time_source": forecast.source,
+        }
+
+
+def _reported(report: Mapping) -> dict[str, Any]:
+    splits = {}
+    for name, split in report["splits"].items():
+        longest = {side: split[f"{side}_lengths"]["quantiles"].get("max") for side in ("prompt", "answer")}
+        splits[name] = {
+            "rows": split["rows"],
+            "label_tokens": split["label_tokens"],
+            "tokens": split["tokens"],
+            "prompt_max": longest["prompt"],
+            "answer_max": longest["answer"],
+        }
+    return {"splits": splits, "source": "the token report", "unknown": None}
+
+
+# ---------------------------------------------------------------- what a job asks for
+
+
+def training_needs(context: Context, run: Run) -> dict[str, int]:
+    """Return what a training job asks for: ``mem_mb`` of host memory, ``gpus``, and ``runtime`` in minutes if known.
+
+    Host memory is that of the process on the CPU; beside a GPU it is the process, the weights while they are read,
+    and what DeepSpeed moves to the host.
+    """
+    shape, _ = context.shape(run.settings)
+    memory, card, _ = context.memory(run, shape)
+    needs = {"gpus": run.settings.gpus if card else 0, "mem_mb": 8000}
+    if memory:
+        host = memory.total if card is None else evaluation_host(shape, run.settings) + memory.host
+        processes = run.settings.gpus
+        needs["mem_mb"] = math.ceil(host * processes * MARGIN / MEGABYTE)
+    seconds = context.facts(run)["seconds"]
+    if seconds is not None:
+        needs["runtime"] = math.ceil((seconds * 1.5 + 600) / 60)  # loading, saving, a slower node
+    return needs
+
+
+def evaluation_needs(context: Context, run: Run) -> dict[str, int]:
+    """Return what an evaluation job asks for: ``mem_mb`` and ``gpus``."""
+    shape, _ = context.shape(run.settings)
+    cards = () if run.settings.training_arg("use_cpu") else context.hardware.gpus
+    needs = {"gpus": 1 if cards else 0, "mem_mb": 8000}
+    if shape:
+        settings = run.settings
+        memory = evaluation_memory(
+            settings,
+            shape,
+            rows=settings.evaluation.batch_size,
+            prompt=context._lengths(run)[0],
+            new_tokens=settings.generation_config.get("max_new_tokens") or settings.max_output_length,
+            device="cuda" if cards else "cpu",
+        )
+        host = evaluation_host(shape, settings) if cards else memory.total
+        needs["mem_mb"] = math.ceil(host * MARGIN / MEGABYTE)
+    return needs
+
+
+def evaluation_host(shape: Shape, settings: RunSettings) -> int:
+    """Return the bytes of host memory of a process that works on a GPU: itself, and the weights while they are read."""
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[settings.model.dtype]
+    return 3 * 10**9 + shape.parameters * size

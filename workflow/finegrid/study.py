@@ -64,8 +64,8 @@ STUDY_KEYS: dict[str, dict[str, Any]] = {
         "types": ["str"],
         "choices": list(DESIGNS),
         "default": "grid",
-        "help": "`grid`: all combinations; `one-at-a-time`: the baseline, and each other level alone, which names the arm; "
-        "`list`: only what `include` names.",
+        "help": "`grid`: all combinations; `one-at-a-time`: the baseline, and each other level alone, which names its "
+        "arm; `list`: only what `include` names.",
     },
     "include": {
         "types": ["list"],
@@ -272,7 +272,7 @@ def load_study(path: Path, project: Path) -> Study:
     compare = _compare(file, factors, arms, findings)
     findings.stop()
 
-    base_runs, base_arms = _base_runs(runs, arms)
+    base_runs, base_arms = _base_runs(runs, arms, by_levels=file.get("design") != "one-at-a-time")
     return Study(
         name=Path(path).stem,
         title=file.get("title") or Path(path).stem,
@@ -848,13 +848,21 @@ def _with_seed(settings: RunSettings, seed: int) -> RunSettings:
     return settings.model_copy(update={"training_args": arguments})
 
 
-def _base_runs(runs: tuple[Run, ...], arms: tuple[Arm, ...]) -> tuple[tuple[Run, ...], tuple[Arm, ...]]:
+def _base_runs(
+    runs: tuple[Run, ...], arms: tuple[Arm, ...], by_levels: bool
+) -> tuple[tuple[Run, ...], tuple[Arm, ...]]:
     """Return one untrained run for each model, quantization and token set among the runs."""
     factors = {arm.name: arm.factors for arm in arms}
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.base_id, []).append(run)
-    names = _base_names(groups, factors)
+    if by_levels:
+        names = _base_names(groups, factors)
+    else:  # one-at-a-time: the first of its arms says it in a word
+        names = {
+            base_id: f"base ({members[0].arms[0]})" if len(groups) > 1 else "base"
+            for base_id, members in groups.items()
+        }
     base_runs, base_arms = [], []
     for base_id, members in groups.items():
         first = members[0]

@@ -1,14 +1,23 @@
 # What all rules share: the studies, where a run's files lie, and the fingerprints of the stages' code.
 import functools
+import json
+import gc
+import inspect
 import shlex
 import sys
 from pathlib import Path
 
 from finegrid import layout
 from finegrid.errors import UserError
-from finegrid.figures import FIGURES
+from finegrid.figures import FIGURES, PLAN_FIGURES
 from finegrid.fingerprint import code_fingerprint, file_hash
-from finegrid.plan import memory_estimate, plan_settings
+from finegrid.plan import (
+    Context,
+    evaluation_needs,
+    hardware_of,
+    plan_settings,
+    training_needs,
+)
 from finegrid.settings import check_files
 from finegrid.study import load_study
 from snakemake.exceptions import WorkflowError
@@ -23,10 +32,15 @@ TABLES = (
 )
 SPLITS = ("train", "validation", "test")
 
+# Snakemake keeps every job and path that it makes, so the garbage collector finds nothing in them; looking as often as
+# Python does by default takes a sixth of a dry run of thousands of jobs.
+gc.set_threshold(100_000, 50, 50)
+
 # Which study was asked for and where checkpoints live change no result: they reach the commands as environment
 # variables, not as tracked parameters.
 shell.prefix(
-    f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])}; "
+    f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])} "
+    f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))}; "
 )
 
 
@@ -57,10 +71,46 @@ def study_of(name):
         if missing:
             raise UserError(*missing)
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        stop(error)
     return study
+
+
+@functools.cache
+def plan_of(name):
+    """What the plan of that study rests on: its jobs' needs are worked out of it."""
+    try:
+        return Context(
+            name,
+            Path.cwd(),
+            hardware_of(study_of(name), Path.cwd(), config["gpus"]),
+            config["threads"],
+        )
+    except UserError as error:
+        stop(error)
+
+
+def stop(error):
+    """End snakemake with a user's mistake alone."""
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(1)
+
+
+@functools.cache
+def training(study, run):
+    """What a training asks for, see finegrid.plan.training_needs."""
+    return training_needs(plan_of(study), study_of(study).run(run))
+
+
+@functools.cache
+def evaluation(study, run):
+    """What an evaluation asks for, see finegrid.plan.evaluation_needs."""
+    return evaluation_needs(plan_of(study), study_of(study).run(run))
+
+
+def checked_plan(wildcards):
+    """The plan: a study with an error in it trains nothing. What a run hangs on is in its id, not in the plan."""
+    return ancient(f"results/{wildcards.study}/plan.json")
 
 
 def run_of(wildcards):
@@ -239,10 +289,17 @@ def plan_manifests(wildcards):
 
 def training_memory(wildcards, attempt):
     """Megabytes, half as much again after each out-of-memory."""
-    return int(
-        memory_estimate(run_of(wildcards).settings, Path.cwd())
-        * (1 + (attempt - 1) / 2)
-    )
+    needed = training(wildcards.study, wildcards.run)["mem_mb"]
+    return int(needed * (1 + (attempt - 1) / 2))
+
+
+def training_minutes(wildcards, attempt):
+    """Minutes, as much again after each time-out; a day where the plan can't tell."""
+    return training(wildcards.study, wildcards.run).get("runtime", 1440) * attempt
+
+
+def training_gpus(wildcards):
+    return training(wildcards.study, wildcards.run)["gpus"]
 
 
 # ---- evaluation
@@ -279,11 +336,13 @@ def training_summary(wildcards):
 
 
 def evaluation_memory(wildcards, attempt):
-    """Megabytes: the base model and a generation batch."""
-    return int(
-        memory_estimate(run_of(wildcards).settings, Path.cwd(), train=False)
-        * (1 + (attempt - 1) / 2)
-    )
+    """Megabytes: the base model and a generation batch, half as much again after each out-of-memory."""
+    needed = evaluation(wildcards.study, wildcards.run)["mem_mb"]
+    return int(needed * (1 + (attempt - 1) / 2))
+
+
+def evaluation_gpus(wildcards):
+    return evaluation(wildcards.study, wildcards.run)["gpus"]
 
 
 # ---- analysis
@@ -334,3 +393,9 @@ def figure_code(wildcards):
 
 def publication_code(*modules):
     return [code_fingerprint(f"finegrid.publication.{module}") for module in modules]
+
+
+# Snakemake asks for a function's signature at each call, twice; worked out once, a call costs half as much.
+for _function in [value for value in globals().values() if inspect.isfunction(value)]:
+    if _function.__globals__ is globals():
+        _function.__signature__ = inspect.signature(_function)

@@ -4,6 +4,7 @@
 rule evaluate:
     input:
         study=study_files,
+        plan=checked_plan,
         tokens=evaluation_tokens,
         clean=references,
         model=run_manifest,
@@ -21,6 +22,7 @@ rule evaluate:
     threads: config["threads"]
     resources:
         mem_mb=evaluation_memory,
+        gpu=evaluation_gpus,
     params:
         settings=evaluation_settings,
         code=code_fingerprint("finegrid.evaluation.evaluate"),

@@ -21,6 +21,8 @@ rule figure:
         provenance="results/{study}/figures/{figure}.json",
     log:
         "logs/figure/{study}/{figure}.log",
+    wildcard_constraints:
+        figure=rf"(?!(?:{'|'.join(PLAN_FIGURES)})\.)\w+",
     localrule: True
     conda:
         "../../envs/finegrid.yaml"
@@ -30,6 +32,13 @@ rule figure:
         "Draw {wildcards.figure} of study {wildcards.study}."
     shell:
         "finegrid figure {wildcards.study} {wildcards.figure} --log {log}"
+
+
+use rule figure as plan_figure with:
+    input:
+        plan="results/{study}/plan.json",
+    wildcard_constraints:
+        figure="|".join(PLAN_FIGURES),
 
 
 rule study_tables:

@@ -16,6 +16,7 @@ rule study_plan:
         "../../envs/finegrid.yaml"
     params:
         settings=study_plan,
+        gpus=config["gpus"],
         code=code_fingerprint("finegrid.plan"),
     message:
         "Plan study {wildcards.study}."
@@ -26,6 +27,7 @@ rule study_plan:
 rule train_adapter:
     input:
         study=study_files,
+        plan=checked_plan,
         tokens=training_tokens,
         model=run_manifest,
         configs=training_configs,
@@ -46,6 +48,8 @@ rule train_adapter:
     threads: config["threads"]
     resources:
         mem_mb=training_memory,
+        gpu=training_gpus,
+        runtime=training_minutes,
     params:
         settings=training_settings,
         code=code_fingerprint("finegrid.training.train"),

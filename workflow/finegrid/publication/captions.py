@@ -25,4 +25,9 @@ CAPTIONS = {
         "Token lengths of prompts and answers before truncation, with the limits drawn in: what lies right of a "
         "limit was cut.",
     ),
+    "grid": (
+        "The grid",
+        "The study as it was planned: the levels of each arm, its tuned levels and seeds, and the estimated cost of "
+        "its runs. Levels that differ from the baseline's are shaded.",
+    ),
 }
