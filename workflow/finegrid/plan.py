@@ -43,6 +43,11 @@ COLUMNS = [
 ]  # fmt: skip
 # Estimates that change while runs of the study finish; a plan that differs in nothing else is the same plan.
 TIMES = ("seconds", "gpu_hours", "time_source")
+# Arguments that no weight hangs on and the plan does.
+TOLD = (
+    "use_cpu", "per_device_eval_batch_size", "logging_strategy", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit", "save_only_model",
+)  # fmt: skip
 MEGABYTE = 10**6
 MARGIN = 1.1  # on the memory that a job is given: batches differ, and so do allocators
 
@@ -123,8 +128,8 @@ def plan_settings(study: Study) -> dict:
             for arm in study.base_arms + study.arms
         ],
         "runs": [run.id for run in study.all_runs],
-        # The ids leave out how often a run saves and evaluates, and what may be lost.
-        "settings": short_hash([run.settings.training_args for run in study.runs]),
+        # What the plan tells and the ids leave out.
+        "settings": short_hash([[run.settings.training_args.get(key) for key in TOLD] for run in study.runs]),
         "limits": [limits for _, limits in sorted({run.data_id: _limits(run) for run in study.runs}.items())],
     }
 
