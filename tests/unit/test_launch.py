@@ -24,6 +24,7 @@ from finegrid.training import launch
 from finegrid.training.train import train
 from finegrid.training.trainer import is_complete
 from peft import PeftModel
+from safetensors import safe_open
 from token_rows import plain_loss, random_rows, write_tokens
 from transformers import AutoModelForCausalLM
 
@@ -164,6 +165,12 @@ def assert_plain_libraries_load_it(project: Project, arm: str) -> None:
     assert project.summary(arm)["final_eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def saved_tensors(project: Project, arm: str) -> set[str]:
+    (file,) = project.weights(arm).glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        return set(tensors.keys())
+
+
 ACCUMULATED = {"training_args.gradient_accumulation_steps": 2}
 LONG = {"training_args.max_steps": 40, "training_args.save_steps": 10, "training_args.eval_steps": 20}
 
@@ -215,6 +222,7 @@ def test_deepspeed_trains_like_the_plain_run(project, arm, plain):
     # DeepSpeed adds 1e-6 to the norm by which it clips: the curves differ in the fifth digit.
     assert_same_curve(project.history(arm), project.train_here(plain), tolerance=2e-4)
     assert_plain_libraries_load_it(project, arm)
+    assert saved_tensors(project, arm) == saved_tensors(project, plain)
     for key in ("trainable_parameters", "total_parameters", "effective_batch_size", "label_tokens"):
         assert project.summary(arm)[key] == project.summary(plain)[key], key
 

@@ -104,6 +104,12 @@ def train(
         checkpoint = find_checkpoint(checkpoints, identity, notes, args.world_size)
     args.eval_on_start = checkpoint is None and len(validation) > 0
 
+    if settings.quantization_config and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "training_args.deepspeed: ZeRO 3 can't divide quantised weights; use config/deepspeed/zero2.json, or no "
+            "quantization_config"
+        )
+
     progress("loading the model")
     if args.deepspeed:
         import deepspeed
@@ -393,7 +399,10 @@ def _write_weights(settings: RunSettings, trainer: LabelTokenTrainer, model: Pat
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(half))  # by every process: sharded weights are gathered
+    if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+        trainer._save(str(half))  # `save_model` would save tied weights twice, and gather what is whole
+    else:
+        trainer.save_model(str(half))  # by every process: sharded weights are gathered
     if not main:
         return
     for name in ("training_args.bin", "README.md"):  # a pickle, and peft's empty card with this machine's path
