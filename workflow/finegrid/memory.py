@@ -152,7 +152,7 @@ def trainable_parameters(settings: RunSettings, shape: Shape) -> int:
     """Return how many parameters are trained: peft's own count of an adapter, all of them for full fine-tuning."""
     if settings.peft_config is None:
         return shape.parameters
-    return sum(count * rows * max(columns, 1) for count, rows, columns in _adaptation(settings, shape).tensors)
+    return _count(_adaptation(settings, shape).tensors)
 
 
 def trained_tensors(settings: RunSettings, shape: Shape) -> Matrices:
@@ -163,7 +163,8 @@ def trained_tensors(settings: RunSettings, shape: Shape) -> Matrices:
 def optimiser_bytes(settings: RunSettings, shape: Shape, itemsize: int) -> int:
     """Return the bytes of the optimiser's states over all GPUs, of parameters of `itemsize` bytes an element."""
     optim = str(settings.training_args.get("optim") or "adamw_torch")
-    return round(_optimiser(optim, trained_tensors(settings, shape), itemsize, "cpu")[0])
+    embedding = shape.vocabulary * shape.hidden if settings.peft_config is None else 0
+    return round(_optimiser(optim, trained_tensors(settings, shape), itemsize, embedding, "cpu")[0])
 
 
 def zero_partitioning(settings: RunSettings, device: str) -> Zero:
@@ -321,36 +322,46 @@ def _runs(layers: list[Adapters]) -> tuple[tuple[Adapters, int], ...]:
 
 # ---------------------------------------------------------------- optimisers
 
-# Bytes of state for a parameter's element, of 32-bit optimisers: elements of the parameter's type, or float32.
-STATES = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3, "adafactor": 0, "lomo": 0, "adalomo": 0}
+# Tensors of state for each parameter; AdamW and what is not named here keep two.
+STATES = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3, "adafactor": 0, "adalomo": 0, "lomo": 0}
+BITSANDBYTES = ("bnb", "paged", "lion", "ademamix", "adamw_8bit")
 
 
-def _optimiser(optim: str, tensors: Matrices, itemsize: int, device: str) -> tuple[float, float]:
+def _optimiser(optim: str, tensors: Matrices, itemsize: int, embedding: int, device: str) -> tuple[float, float]:
     """Return the bytes of an optimiser's states and the most of its temporaries.
 
-    Read in torch/optim/adam.py, transformers/optimization.py (Adafactor) and bitsandbytes/optim/optimizer.py.
+    Read in torch/optim/{adam,sgd,rmsprop,adagrad}.py, transformers/optimization.py (Adafactor),
+    bitsandbytes/optim/optimizer.py, and transformers/trainer.py, which keeps embeddings in 32 bits.
     """
-    elements = [(count, rows * max(columns, 1)) for count, rows, columns in tensors]
-    total = sum(count * size for count, size in elements)
-    largest = max((size for _, size in elements), default=0)
+    total = _count(tensors)
     kind = next((name for name in STATES if name in optim), "adamw")
-    if kind == "adafactor":
-        rows = sum(count * (a + b if b else a) for count, a, b in tensors)
-        return rows * FLOAT, 2 * largest * FLOAT
     states = STATES.get(kind, 2)
+    # One parameter's two temporaries beside the last one's; on CUDA one of all parameters at once.
+    sizes = [rows * columns for _, rows, columns in tensors if columns]
+    two = max((last + 2 * size for last, size in zip([0, *sizes], sizes, strict=False)), default=0)
+    if kind == "adafactor":
+        return sum(count * (rows + columns) for count, rows, columns in tensors) * FLOAT, two * FLOAT
     if "8bit" in optim or "4bit" in optim:
-        # One byte an element and a float32 scale for 256; small tensors stay in 32 bits.
-        small = sum(count * size for count, size in elements if size < 4096)
+        # A byte (or half of one) and the scales of 256 elements; tensors under 4096 elements stay in 32 bits.
+        small = sum(count * _size(rows, columns) for count, rows, columns in tensors if _size(rows, columns) < 4096)
+        if any(name in optim for name in BITSANDBYTES) and embedding:
+            small += embedding
         width = 0.5 if "4bit" in optim else 1
         return states * ((total - small) * (width + FLOAT / 256) + small * FLOAT), 0
-    if any(name in optim for name in ("bnb", "paged", "lion", "ademamix")):
+    if any(name in optim for name in BITSANDBYTES):
         return states * total * FLOAT, 0
-    if kind == "adamw" and "fused" not in optim:
-        # One parameter's square root and quotient beside the last one's quotient; on CUDA all roots at once.
-        sizes = [rows * columns for _, rows, columns in tensors if columns]
-        one = max((last + 2 * size for last, size in zip([0, *sizes], sizes, strict=False)), default=0)
-        return states * total * itemsize, (total if device == "cuda" else one) * itemsize
-    return states * total * itemsize, 0 if "fused" in optim or kind == "sgd" else largest * itemsize
+    if "fused" in optim or "lomo" in kind:
+        return states * total * itemsize, 0
+    one = total if device == "cuda" else max(sizes, default=0) if kind == "sgd" else two
+    return states * total * itemsize, one * itemsize
+
+
+def _count(tensors: Matrices) -> int:
+    return sum(count * _size(rows, columns) for count, rows, columns in tensors)
+
+
+def _size(rows: int, columns: int) -> int:
+    return rows * max(columns, 1)
 
 
 # ---------------------------------------------------------------- how a run computes
@@ -400,7 +411,7 @@ def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspe
     embedding, head = _ends(shape)
     kept = (settings.peft_config or {}).get("modules_to_save") or ()
     weights, scales, decoded = _weights(shape, base, stored, quantised)
-    trained = sum(count * rows * max(columns, 1) for count, rows, columns in adaptation.tensors)
+    trained = _count(adaptation.tensors)
     adapter_itemsize = HALF if zero.half else FLOAT
     return Way(
         shape=shape,
@@ -557,7 +568,9 @@ def _plan(settings: RunSettings, shape: Shape, device: str, masked: bool, deepsp
     way = _way(settings, shape, device, masked, deepspeed)
     zero = _zero(settings, device, deepspeed)
     optim = arguments.get("optim") or "adamw_torch"
-    evaluates = str(arguments.get("eval_strategy") or "no") != "no"
+    data = settings.data_config
+    # Validation rows are scored before the first and after the last step, whatever eval_strategy says.
+    evaluates = data.val_file or data.validation_size or (data.dataset and data.dataset.validation_split)
     return _build(
         way,
         zero,
@@ -573,9 +586,10 @@ def _plan(settings: RunSettings, shape: Shape, device: str, masked: bool, deepsp
 def _build(
     way: Way, zero: Zero, gpus: int, optim: str, checkpointing: bool, evaluation_rows: int | None, device: str
 ) -> Plan:
-    trained = sum(count * rows * max(columns, 1) for count, rows, columns in way.tensors)
+    trained = _count(way.tensors)
     itemsize = way.base.itemsize if way.full else way.base.adapter
-    states, temporaries = _optimiser(optim, way.tensors, FLOAT if zero.stage else itemsize, device)
+    embedding = way.shape.vocabulary * way.shape.hidden if way.full else 0
+    states, temporaries = _optimiser(optim, way.tensors, FLOAT if zero.stage else itemsize, embedding, device)
     gradients = trained * itemsize
     weights, adapters, host, extra = way.weights, way.adapter_bytes, 0.0, 0.0
     share = 1.0  # of a layer's gradients that stays on this GPU
@@ -632,10 +646,11 @@ def _step(way: Way, checkpointing: bool, share: float) -> Iterable[Size]:
     before = NOTHING
     for timeline, count, _ in runs:
         before += (kept if checkpointing else timeline.saved) * count
-    copies = Size(fixed=_autocast_copies(way)) if checkpointing else NOTHING
-    for moment in head.forward:
-        yield before + moment + copies
-    for moment in head.backward:
+    if checkpointing:
+        # Autocast's copies go when the model returns: beside the logits, before their float32 copy.
+        copies = Size(fixed=_autocast_copies(way))
+        yield before + copies + Size(token=2 * shape.hidden * FLOAT, label=HALF * (shape.vocabulary + 2 * shape.hidden))
+    for moment in (*head.forward, *head.backward):
         yield before + moment
     gradients = NOTHING
     size = shape.vocabulary * shape.hidden * numerics.stream
@@ -680,7 +695,7 @@ def _layer_trained(way: Way, adapters: Adapters) -> float:
         return way.shape.layer_parameters * way.base.itemsize
     total = 0
     for linear, adapter in zip(way.shape.linears, adapters, strict=True):
-        total += sum(n * rows * max(columns, 1) for n, rows, columns in _adapter_tensors(linear, adapter, {}))
+        total += _count(tuple(_adapter_tensors(linear, adapter, {})))
     return total * way.base.adapter
 
 
@@ -688,7 +703,8 @@ def _autocast_copies(way: Way) -> float:
     """The 16-bit copies of trained weights, which autocast keeps to the end of a forward pass."""
     if not way.base.autocast:
         return 0
-    return sum(count * rows * columns for count, rows, columns in way.tensors) * HALF
+    embedding = way.shape.vocabulary * way.shape.hidden if way.full and not way.shape.tied else 0
+    return (sum(count * rows * columns for count, rows, columns in way.tensors) - embedding) * HALF
 
 
 def _validation(way: Way) -> Iterable[Size]:
