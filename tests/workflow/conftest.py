@@ -52,15 +52,16 @@ evaluation: {batch_size: 8}
 class Checkout:
     """A project folder in which `snakemake` is run as a user would."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, study: str = "tiny"):
         self.folder = folder
+        self.study = study
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
         environment = os.environ | {
             "PYTHONPATH": str(self.folder / "workflow"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
-        command = ["snakemake", "--config", "study=tiny", "--cores", "2", *arguments]
+        command = ["snakemake", "--config", f"study={self.study}", "--cores", "2", *arguments]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -89,17 +90,22 @@ def raw_rows(source: Path, split: str, count: int) -> list[dict]:
     return short[:count]
 
 
-@pytest.fixture(scope="session")
-def finished(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Checkout:
-    """A copy of the project whose tiny study has been run to its report."""
-    folder = tmp_path_factory.mktemp("checkout") / "project"
+def copy_project(project: Path, tiny_model: Path, folder: Path) -> None:
+    """Copy what a user clones, without data and results, and put the tiny model where base models lie."""
     folder.mkdir()
     for name in ("Snakefile", "config", "workflow", "profiles", "envs", "pyproject.toml"):
         if (project / name).is_dir():
             shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(project / name, folder / name)
-    shutil.copytree(tiny_model_dir, folder / "data/models/tiny")
+    shutil.copytree(tiny_model, folder / "data/models/tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Checkout:
+    """A copy of the project whose tiny study has been run to its report."""
+    folder = tmp_path_factory.mktemp("checkout") / "project"
+    copy_project(project, tiny_model_dir, folder)
     (folder / "data/raw/tiny").mkdir(parents=True)
     for split, count in {"train": 16, "validation": 8, "test": 8}.items():
         lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
@@ -116,4 +122,12 @@ def checkout(finished, tmp_path) -> Checkout:
     """A clone of the finished project that a test may edit; dates and metadata come along."""
     folder = tmp_path / "project"
     shutil.copytree(finished.folder, folder, symlinks=True)
+    return Checkout(folder)
+
+
+@pytest.fixture
+def fresh(project, tiny_model_dir, tmp_path) -> Checkout:
+    """A copy of the project in which nothing has been run; the test names the study."""
+    folder = tmp_path / "project"
+    copy_project(project, tiny_model_dir, folder)
     return Checkout(folder)

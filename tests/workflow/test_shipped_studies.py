@@ -1,0 +1,176 @@
+"""The shipped studies run to their reports: the same files, smaller in model, rows, steps and seeds alone."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from finegrid import layout
+from finegrid.settings import check_files
+from finegrid.study import Study, load_study
+
+SHIPPED = ("data_strategy", "optimisation_strategy", "training_strategy", "peft")
+MADE = ("data/models/SmolLM2-135M-Instruct", "data/raw/insuranceqa")  # by the workflow
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_study_resolves_at_full_size(project, name):
+    study = load_study(Path(f"config/studies/{name}.yaml"), project)
+    assert [problem for run in study.runs for problem in check_files(run.settings, project, made=MADE)] == []
+    assert study.seeds == (0, 1, 2)
+    for run in study.runs:
+        assert run.settings.model.revision is not None
+        assert len(run.settings.model.revision) == 40
+        batch, accumulation = (
+            run.settings.training_arg(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        )
+        assert batch * accumulation * run.settings.gpus == 32
+    text = study_text(project, name)
+    trained = len(study.runs)
+    assert f"= {trained} " in text, f"the file's comment gives another number of runs than {trained}"
+    assert f"# {len(study.arms)} arms x" in text
+
+
+def study_text(folder: Path, name: str) -> str:
+    return (folder / f"config/studies/{name}.yaml").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- a reduced copy
+
+
+def write_rows(source: Path, folder: Path) -> None:
+    """Write a few of the demo's rows under its own names: in train a long, a repeated, a nearly repeated and a leaked
+    one among 44 others."""
+    folder.mkdir(parents=True)
+    splits = {split: read_rows(source / f"{split}.jsonl.gz") for split in ("train", "validation", "test")}
+    long = max(splits["train"], key=lambda row: len(row["answer"]))
+    few = {split: [row for row in rows if 30 <= len(row["answer"].split()) <= 80] for split, rows in splits.items()}
+    train = few["train"][:44]
+    nearly = train[1] | {"id": "nearly", "answer": train[1]["answer"] + " Ask."}
+    rows = {
+        "train": [*train, long, train[0] | {"id": "again"}, nearly, few["test"][0] | {"id": "leaked"}],
+        "validation": few["validation"][:6],
+        "test": few["test"][:8],
+    }
+    for split, content in rows.items():
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in content)
+
+
+def read_rows(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def reduce(study: dict) -> dict:
+    """Return a study as it is shipped, for the tiny model on the CPU, with one seed and few steps."""
+    settings = study["settings"]
+    study["model"] = {"model_name_or_path": "data/models/tiny"}
+    study["seeds"] = [0]
+    settings["training_args"] |= {"use_cpu": True, "logging_steps": 1}
+    if "generation_config" in settings:
+        settings["generation_config"]["max_new_tokens"] = 4
+    for factor in study["factors"].values():
+        for level in factor.values() if "key" not in factor else ():
+            if "training_args.max_steps" in level:
+                level["training_args.max_steps"] = 3
+    if "fraction" in study["factors"]:  # two points of a curve do
+        study["factors"]["fraction"]["levels"] = [1.0, 0.25]
+        del study["factors"]["max_answer"]["answer_256"]
+    if "include" in study:  # one pair of scheduler and warmup
+        del study["include"][1:]
+    for factor in study.get("tune", {}).values():
+        factor["levels"] = factor["levels"][-1:]
+        for entry in factor.get("in_arms", ()):
+            entry["levels"] = entry["levels"][-1:]
+    return study
+
+
+def run_reduced(fresh, insuranceqa_dir: Path, name: str) -> tuple[Study, Path]:
+    write_rows(insuranceqa_dir, fresh.folder / "data/raw/insuranceqa")
+    path = fresh.folder / f"config/studies/{name}.yaml"
+    path.write_text(yaml.safe_dump(reduce(yaml.safe_load(path.read_text())), sort_keys=False))
+    fresh.study = name
+    fresh.snakemake()
+    return load_study(Path(f"config/studies/{name}.yaml"), fresh.folder), fresh.folder / f"results/{name}"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def losses(study: Study, results: Path) -> dict[str, float]:
+    """Check that every arm was trained, scored and compared; return their validation losses."""
+    planned = {run["run"]: run for run in read(results / "plan.json")["runs"]}
+    found = {}
+    for arm in study.arms:
+        for run in arm.runs:
+            summary = read(results / f"training/{run}.json")
+            assert summary["steps"] >= 1
+            assert summary["label_tokens"] > 0
+            assert math.isfinite(summary["train_loss"])
+            assert summary["final_eval_loss"] != summary["base_eval_loss"], arm.name
+            assert planned[run]["effective_batch_size"] == summary["effective_batch_size"] == 32
+            if study.run(run).settings.early_stopping is None:
+                for key in ("steps", "epochs", "label_tokens"):
+                    assert planned[run][key] == summary[key], (arm.name, key)
+            assert read(results / f"metrics/{run}.json")["splits"]["test"]["examples"] == 8
+            found[arm.name] = summary["final_eval_loss"]
+    metric = study.compare.metric
+    compared = {row["arm"] for row in table(results / "comparison/comparisons.tsv") if row["metric"] == metric}
+    assert {arm.name for arm in study.arms} - {study.compare.baseline} <= compared
+    assert (results / "report.html").exists()
+    return found
+
+
+@pytest.mark.slow
+def test_the_data_strategy_runs_to_its_report(fresh, insuranceqa_dir):
+    study, results = run_reduced(fresh, insuranceqa_dir, "data_strategy")
+    losses(study, results)
+    reports = {
+        level: read(results / f"data/{layout.tokens_folder(study.run(arm.runs[0])).name}.json")["splits"]["train"]
+        for arm in study.arms
+        for level in arm.factors.values()
+        if arm.name == study.compare.baseline or list(study.arms[0].factors.values()).count(level) == 0
+    }
+    rows = {level: report["rows"] for level, report in reports.items()}
+    assert rows["text_mended"] == 46  # without the repeated and the leaked row
+    assert rows["duplicates_kept"] == rows["leaks_kept"] == 47
+    assert rows["near_duplicates_removed"] == rows["long_answers_left_out"] == 45
+    assert rows["0.25"] == pytest.approx(46 / 4, abs=1)
+    assert reports["text_mended"]["truncated_answers"] == 1
+    assert reports["long_answers_left_out"]["truncated_answers"] == 0
+    assert reports["answer_128"]["label_tokens"] < reports["text_mended"]["label_tokens"]
+
+
+@pytest.mark.slow
+def test_the_optimisation_strategy_runs_to_its_report(fresh, insuranceqa_dir):
+    study, results = run_reduced(fresh, insuranceqa_dir, "optimisation_strategy")
+    loss = losses(study, results)
+    baseline = loss[study.compare.baseline]
+    assert loss["batch_4x8"] == pytest.approx(baseline, rel=1e-4)
+    assert loss["batch_2x16"] == pytest.approx(baseline, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_training_strategy_runs_to_its_report(fresh, insuranceqa_dir):
+    study, results = run_reduced(fresh, insuranceqa_dir, "training_strategy")
+    loss = losses(study, results)
+    baseline = loss[study.compare.baseline]
+    for level in ("one_gpu", "zero2", "zero3", "zero3_offload", "activations_recomputed"):
+        assert loss[level] == pytest.approx(baseline, rel=1e-4), level
+
+
+@pytest.mark.slow
+def test_the_methods_run_to_their_report(fresh, insuranceqa_dir):
+    losses(*run_reduced(fresh, insuranceqa_dir, "peft"))
