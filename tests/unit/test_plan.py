@@ -250,6 +250,27 @@ def test_run_that_asks_for_the_cpu_is_planned_for_it(project):
     assert (run["device"], run["fits"]) == ("cpu", None)
 
 
+def test_run_is_planned_as_if_it_were_alone(project):
+    """Runs that differ in seed and learning rate alone share their facts, and no others do."""
+    folder, study = project
+    factors = {
+        "warmup": {"key": "training_args.warmup_steps", "levels": [0, 3]},
+        "rows": {"key": "training_args.per_device_train_batch_size", "levels": [1, 4]},
+        "answer": {"key": "max_output_length", "levels": [8, 512]},
+        "beams": {"key": "generation_config.max_new_tokens", "levels": [8, 64]},
+        "type": {"key": "model.dtype", "levels": ["float32", "bfloat16"]},
+    }
+    tune = {"rate": {"key": "training_args.learning_rate", "levels": [1e-5, 1e-4]}}
+    the_study = study({"peft_config": {"r": 8}}, factors=factors, tune=tune, seeds=[0, 1])
+    hardware = hardware_of(the_study, folder, "rtx-4090")
+    shared = Context(the_study.name, folder, hardware)
+    for run in the_study.runs:
+        alone = Context(the_study.name, folder, hardware)
+        assert shared.facts(run) == alone.facts(run)
+        assert training_needs(shared, run) == training_needs(alone, run)
+        assert evaluation_needs(shared, run) == evaluation_needs(alone, run)
+
+
 # ---------------------------------------------------------------- what jobs ask for
 
 

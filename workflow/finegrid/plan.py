@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,8 @@ TOLD = (
     "use_cpu", "per_device_eval_batch_size", "logging_strategy", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "save_only_model",
 )  # fmt: skip
+# Arguments that no size, step or second hangs on: runs that differ in nothing else are worked out once.
+FREE = ("seed", "data_seed", "learning_rate")
 MEGABYTE = 10**6
 MARGIN = 1.1  # on the memory that a job is given: batches differ, and so do allocators
 
@@ -251,6 +253,18 @@ class Context:
     reports: dict[str, dict | None] = field(default_factory=dict)  # token reports, by the folder's name
     previews: dict[str, dict] = field(default_factory=dict)  # rows and tokens, by the same
     _shapes: dict[tuple, tuple[Shape | None, str]] = field(default_factory=dict)
+    _done: dict[tuple, dict] = field(default_factory=dict)
+
+    def once(self, work: Callable[[Context, Run], dict], run: Run) -> dict[str, Any]:
+        """Return ``work(context, run)``, worked out once for all runs that differ in the arguments FREE alone."""
+        settings = dict(vars(run.settings))
+        settings["training_args"] = {key: value for key, value in run.settings.training_args.items() if key not in FREE}
+        for section in ("data_config", "model", "quantization_config"):  # the base's id holds what matters of them
+            del settings[section]
+        key = (work, run.dataset, run.base_id, run.method, repr(settings))
+        if key not in self._done:
+            self._done[key] = work(self, run)
+        return dict(self._done[key])
 
     @cached_property
     def throughputs(self) -> Throughputs:
@@ -259,9 +273,11 @@ class Context:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """Return a trained run's part of the plan; nothing for an untrained base."""
+        self.report(run)
+        return {} if run.method == "base" else self.once(Context._facts, run)
+
+    def _facts(self, run: Run) -> dict[str, Any]:
         report = self.report(run)
-        if run.method == "base":
-            return {}
         data = self.data(run)
         train = data["splits"]["train"]
         facts = training_arithmetic(run.settings, train["rows"], train["label_tokens"], train["tokens"])
@@ -396,6 +412,10 @@ def training_needs(context: Context, run: Run) -> dict[str, int]:
     Host memory is that of the process on the CPU; beside a GPU it is the process, the weights while they are read,
     and what DeepSpeed moves to the host.
     """
+    return context.once(_training_needs, run)
+
+
+def _training_needs(context: Context, run: Run) -> dict[str, int]:
     shape, _ = context.shape(run.settings)
     memory, card, _ = context.memory(run, shape)
     needs = {"gpus": run.settings.gpus if card else 0, "mem_mb": 8000}
@@ -411,6 +431,10 @@ def training_needs(context: Context, run: Run) -> dict[str, int]:
 
 def evaluation_needs(context: Context, run: Run) -> dict[str, int]:
     """Return what an evaluation job asks for: ``mem_mb`` and ``gpus``."""
+    return context.once(_evaluation_needs, run)
+
+
+def _evaluation_needs(context: Context, run: Run) -> dict[str, int]:
     shape, _ = context.shape(run.settings)
     cards = () if run.settings.training_arg("use_cpu") else context.hardware.gpus
     needs = {"gpus": 1 if cards else 0, "mem_mb": 8000}
