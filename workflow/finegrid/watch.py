@@ -40,6 +40,7 @@ SECONDS_OF_HISTORY = 600.0  # a run that tells nothing else wrote its last row s
 TAIL = 1 << 14  # bytes of a log's end that are searched for a reason
 STATES = ("running", "evaluating", "failed", "done", "queued", "waiting")
 STAGES = ("train", "evaluate")
+SLURM_LOGS = ("logs/slurm", ".snakemake/slurm_logs")  # of our profile, of the executor by itself
 RULES = ("rule_train_adapter", "rule_train_model", "rule_evaluate")
 SHELL_FAILED = re.compile(
     r"finegrid (train|evaluate) (\S+) ([a-z0-9_]+-[0-9a-f]{8})\b.*"
@@ -234,9 +235,11 @@ class Queue:
         self.jobs = [Job(*(part.strip() for part in parts)) for parts in fields if len(parts) == 5]
 
     def job_of(self, study: str, run: str, stage: str) -> Job | None:
-        """Return a run's job of a stage (`train`, `evaluate`): Snakemake names study and run in its comment."""
+        """Return a run's job of a stage (`train`, `evaluate`), from the name or comment that Snakemake gave it:
+        ``<run>.<rule>.<study>`` or ``rule_<rule>_wildcards_<study>_<run>``."""
         for job in self.jobs:
-            if run in job.text and study in job.text and ("evaluat" in job.text) == (stage == "evaluate"):
+            ours = f"_{study}_{run}" in job.text or (job.text.startswith(f"{run}.") and f".{study} " in f"{job.text} ")
+            if ours and bool(re.search(r"\.evaluate\.|rule_evaluate_", job.text)) == (stage == "evaluate"):
                 return job
         return None
 
@@ -269,6 +272,7 @@ class Watcher:
         self.files = Files()
         self.queue = Queue()
         self.host = socket.gethostname()
+        self._slurm_logs = [project / path for path in SLURM_LOGS]
         self._plan_dates: tuple[float, ...] = ()
         self._plan: tuple[str, list[Planned]] = ("", [])
         self._was_live = 0.0
@@ -283,8 +287,7 @@ class Watcher:
         scored = self.files.names(self.results / "metrics")
         self._going = self.files.names(self.scratch)
         self._logs = {stage: self.files.names(self.project / "logs" / stage / self.study) for stage in STAGES}
-        slurm = self.project / ".snakemake/slurm_logs"
-        self._jobs = {rule: self.files.names(slurm / rule) for rule in RULES}
+        self._jobs = {path / rule: self.files.names(path / rule) for path in self._slurm_logs for rule in RULES}
         self._shell.look()
         title, planned = self._plan
         rows = [self._row(run, f"{run.run}.json", trained, scored) for run in planned]
@@ -426,13 +429,15 @@ class Watcher:
         facts = facts or {}
         log = Path("logs", stage, self.study, f"{row.run}.log")
         reason = facts.get("reason") if facts.get("state") == "failed" else None
-        if not reason or reason == "ended by SIGTERM":
+        if reason in (None, "", "ended by SIGTERM", "time-out"):  # Slurm knows who sent the signal
             reason = self._reason_of_slurm(row.run, stage) or reason
+        shell = self._shell.reasons.get((stage, row.run))
         if not reason and facts:
             reason = self._silence(facts)
+            reason = f"{reason.split(';')[0]}: {shell}" if reason and shell else reason
         if not reason and log.name in self._logs[stage]:
             reason = self.files.read(self.project / log, lambda path: reason_in(read_tail(path)))
-        reason = reason or self._shell.reasons.get((stage, row.run))
+        reason = reason or shell
         if reason:
             row.state, row.reason = "failed", reason
             row.log = str(facts.get("log") or (log if log.name in self._logs[stage] else ""))
@@ -441,8 +446,7 @@ class Watcher:
     def _reason_of_slurm(self, run: str, stage: str) -> str | None:
         """Return what Slurm wrote into the log of the run's last job."""
         name = f"{self.study}_{run}"
-        rules = [rule for rule in RULES if stage in rule]
-        folders = [self.project / ".snakemake/slurm_logs" / rule / name for rule in rules if name in self._jobs[rule]]
+        folders = [rule / name for rule, names in self._jobs.items() if stage in rule.name and name in names]
         logs = [path for folder in folders for path in folder.glob("*.log")]
         return self.files.read(max(logs, key=_date), lambda path: reason_in(read_tail(path))) if logs else None
 
@@ -503,7 +507,7 @@ def _of_status(status: int, name: str) -> str:
 
 def _take_job(row: Row, job: Job, going: str = "running") -> None:
     if job.state == "PENDING":
-        row.state, row.note = "queued", job.why if job.why not in ("None", "") else ""
+        row.state, row.doing, row.note = "queued", "", job.why if job.why != "None" else ""
         row.seconds_left = row.tokens_per_second = None
     else:
         row.state, row.doing = going, "starting" if job.state == "RUNNING" else job.state.lower()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -28,11 +28,13 @@ COLOURS = {
     "queued": "yellow",
     "waiting": "dim",
 }
+GOING = ("running", "evaluating")
 FIRST = ("running", "evaluating", "failed", "done", "queued", "waiting")
 GAP = "  "
 HEAD_LINES = 4  # study, totals, counts, names of the columns
 WIDTH = 100  # without a terminal
 NARROWEST_LABEL = 12
+LEFT = 10  # columns of the time left: "3 h 05 min"
 FAILED_SHOWN = 20  # in the summary
 
 
@@ -139,13 +141,25 @@ def _totals(sight: Sight, width: int) -> Text:
     line.append(f"  {sight.trained} of {sight.to_train} trained", "bold")
     line.append(f" · {sight.evaluated} of {len(sight.rows)} evaluated")
     if sight.ends is not None:
-        line.append(f" · ends about {clock(sight.ends)[:-3]}, in {duration(sight.ends - sight.at)}")
+        moment = clock(sight.ends)
+        line.append(f" · ends about {moment[:-3] if moment.count(':') == 2 else moment}")
+        left = f", in {duration(sight.ends - sight.at)}"
+        line.append(left if len(line) + len(left) <= width else "")
     return line
 
 
 def _counts(sight: Sight) -> Text:
     parts = [(f"{sight.count(state)} {state}", COLOURS[state]) for state in FIRST if sight.count(state)]
+    nodes = _nodes(row for row in sight.rows if row.state in GOING)
+    if len(nodes) == 1:
+        parts.append((f"on {nodes[0]}", "dim"))
+    elif nodes:
+        parts.append((f"on {len(nodes)} nodes", "dim"))
     return Text(" · ").join(Text(text, style) for text, style in parts)
+
+
+def _nodes(rows: Iterable[Row]) -> list[str]:
+    return sorted({row.node for row in rows if row.node})
 
 
 def _footer(sight: Sight, width: int) -> Text:
@@ -156,18 +170,19 @@ def _footer(sight: Sight, width: int) -> Text:
 
 def _columns(rows: Sequence[Row], width: int) -> list[Column]:
     steps = max((len(_step(row)) for row in rows), default=0)
-    nodes = max((len(row.node) for row in rows), default=0)
+    states = max((len(row.state) for row in rows), default=0)
+    nodes = _nodes(rows)
     columns = [
         Column("run", max((len(row.run) for row in rows), default=3), lambda row: row.run),
-        Column("state", 10, lambda row: row.state),
-        Column("step", max(steps, 9), _step, right=True),
+        Column("state", max(states, 7), lambda row: row.state),
+        Column("step", max(steps, 7), _step, right=True),
         Column("loss", 6, lambda row: _number(row.loss), right=True),
         Column("valid.", 6, lambda row: _number(row.eval_loss), right=True, room=96),
-        Column("tok/s", 7, lambda row: _rate(row.tokens_per_second), right=True),
-        Column("left", 10, _left, right=True),
+        Column("tok/s", 6, lambda row: _rate(row.tokens_per_second), right=True),
+        Column("left", LEFT, _left, right=True),
     ]
-    if nodes:
-        columns.append(Column("node", max(4, min(nodes, 16)), lambda row: row.node))
+    if nodes and (len(nodes) > 1 or width >= WIDTH):  # else it is told above
+        columns.append(Column("node", max(4, min(max(map(len, nodes)), 16)), lambda row: row.node))
     columns = [column for column in columns if column.room <= width]
     rest = width - sum(column.width + len(GAP) for column in columns)
     if rest >= NARROWEST_LABEL:
@@ -192,8 +207,11 @@ def _lines(row: Row, columns: Sequence[Column], width: int) -> list[Text]:
 
 
 def _details(row: Row, width: int) -> list[Text]:
-    """The lines below a run's own: why it failed and where its log is, or why it doesn't go on."""
-    if row.note:
+    """The lines below a run's own: why it failed and where its log is, or why it doesn't go on.
+
+    What a queued run waits for stands in its own line where it is short, since it can be hundreds.
+    """
+    if row.note and not (row.state == "queued" and len(row.note) <= LEFT):
         return [Text(f"  {row.note}", "yellow")]
     if not row.reason:
         return []
@@ -210,7 +228,7 @@ def _choose(rows: Sequence[Row], width: int, room: int) -> tuple[list[Row], list
     if sum(cost.values()) <= room:
         return list(rows), []
     order = sorted(rows, key=lambda row: (FIRST.index(row.state), -row.changed))
-    going = sum(cost[row.run] for row in rows if row.state in ("running", "evaluating"))
+    going = sum(cost[row.run] for row in rows if row.state in GOING)
     failed = sum(cost[row.run] for row in rows if row.state == "failed")
     room -= 1  # the line that counts the rest
     budget = {"going": room, "failed": room}
@@ -218,7 +236,7 @@ def _choose(rows: Sequence[Row], width: int, room: int) -> tuple[list[Row], list
         budget = {"going": max(room // 2, room - failed), "failed": max(room - room // 2, room - going)}
     shown, left = [], []
     for row in order:
-        kind = "failed" if row.state == "failed" else "going" if row.state in ("running", "evaluating") else None
+        kind = "failed" if row.state == "failed" else "going" if row.state in GOING else None
         if cost[row.run] <= min(room, budget.get(kind, room)):
             room -= cost[row.run]
             if kind:
@@ -251,7 +269,7 @@ def _arm(row: Row, width: int = sys.maxsize) -> str:
 
 
 def _step(row: Row) -> str:
-    if row.state in ("running", "evaluating") and row.step is None:
+    if row.state in GOING and row.step is None:
         return row.doing
     if row.step is None:
         return f"{row.steps}" if row.steps else ""
@@ -259,6 +277,8 @@ def _step(row: Row) -> str:
 
 
 def _left(row: Row) -> str:
+    if row.state == "queued":
+        return row.note if len(row.note) <= LEFT else ""
     if row.state == "done":
         return f"in {duration(row.seconds)}" if row.seconds is not None else ""
     if row.state == "running" and row.step and row.doing in ("evaluating", "saving") and not row.seconds_left:
@@ -271,7 +291,7 @@ def _number(value: float | None) -> str:
 
 
 def _rate(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+    return "" if value is None else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 # ---------------------------------------------------------------- the end
@@ -286,7 +306,7 @@ def summary(sight: Sight) -> Text:
     failed = [row for row in sight.rows if row.state == "failed"]
     if failed:
         text.append(f", {len(failed)} failed", "bold red")
-    going = sight.count("running", "evaluating")
+    going = sight.count(*GOING)
     if going:
         text.append(f"; {going} go on")
     for row in failed[:FAILED_SHOWN]:

@@ -33,7 +33,7 @@ from finegrid.errors import UserError
 from finegrid.files import write_json
 
 SECONDS_BETWEEN_WRITES = 5.0
-SECONDS_BEFORE_THE_LIMIT = 120.0  # Slurm's own grace, and what `--signal` usually asks for
+SECONDS_BEFORE_THE_LIMIT = 60.0  # SIGTERM comes at a job's limit, or so long before it by `--signal`
 LONGEST_REASON = 300
 EMPTY = ("step", "steps", "loss", "eval_loss", "tokens_per_second", "seconds_left", "line", "reason")
 
@@ -95,7 +95,7 @@ class _Keeper:
             "state": "loading",
             **dict.fromkeys(EMPTY),
             "started": _now(),
-            "node": socket.gethostname(),
+            "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
             "log": log.as_posix() if log else None,
