@@ -1,8 +1,9 @@
 # What all rules share: the studies, where a run's files lie, and the fingerprints of the stages' code.
+import atexit
 import functools
-import json
 import gc
 import inspect
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -32,9 +33,10 @@ TABLES = (
 )
 SPLITS = ("train", "validation", "test")
 
-# Snakemake keeps every job and path that it makes, so the garbage collector finds nothing in them; looking as often as
-# Python does by default takes a sixth of a dry run of thousands of jobs.
+# Snakemake keeps every job and path that it makes, so the garbage collector finds nothing among them. Looking as often
+# as Python does by default takes a sixth of a dry run of thousands of jobs, and looking once more at the end another.
 gc.set_threshold(100_000, 50, 50)
+atexit.register(gc.freeze)
 
 # Which study was asked for and where checkpoints live change no result: they reach the commands as environment
 # variables, not as tracked parameters.
@@ -108,11 +110,6 @@ def evaluation(study, run):
     return evaluation_needs(plan_of(study), study_of(study).run(run))
 
 
-def checked_plan(wildcards):
-    """The plan: a study with an error in it trains nothing. What a run hangs on is in its id, not in the plan."""
-    return ancient(f"results/{wildcards.study}/plan.json")
-
-
 def run_of(wildcards):
     """The run of a job's wildcards."""
     try:
@@ -149,15 +146,15 @@ def study_files(wildcards):
 
 
 def manifest(run):
-    return (layout.MODELS / f"{layout.model_name(run.settings.model)}.json").as_posix()
+    return f"{layout.MODELS}/{layout.model_name(run.settings.model)}.json"
 
 
 def token_files(run, *splits):
-    return [
-        (layout.tokens_folder(run) / f"{split}.arrow").as_posix() for split in splits
-    ]
+    folder = layout.tokens_folder(run)
+    return [f"{folder}/{split}.arrow" for split in splits]
 
 
+@functools.cache
 def token_reports(study):
     return unique(
         f"results/{study}/data/{layout.tokens_folder(run).name}.json"
@@ -315,7 +312,7 @@ def evaluation_tokens(wildcards):
 
 def references(wildcards):
     folder = layout.clean_folder(run_of(wildcards))
-    return [(folder / f"{split}.jsonl").as_posix() for split in ("validation", "test")]
+    return [f"{folder}/{split}.jsonl" for split in ("validation", "test")]
 
 
 def trained_weights(wildcards):

@@ -3,8 +3,7 @@
 
 rule evaluate:
     input:
-        study=study_files,
-        plan=checked_plan,
+        plan=ancient("results/{study}/plan.json"),
         tokens=evaluation_tokens,
         clean=references,
         model=run_manifest,

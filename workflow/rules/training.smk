@@ -1,4 +1,7 @@
 # Training strategy: the plan of a study, and one job a run.
+#
+# Training and evaluation wait for the plan, which is not made of a study with an error in it. What a run hangs on is in
+# its id, so a newer plan reruns nothing.
 
 
 rule study_plan:
@@ -26,8 +29,7 @@ rule study_plan:
 
 rule train_adapter:
     input:
-        study=study_files,
-        plan=checked_plan,
+        plan=ancient("results/{study}/plan.json"),
         tokens=training_tokens,
         model=run_manifest,
         configs=training_configs,
