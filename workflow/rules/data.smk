@@ -1,4 +1,6 @@
 # Data strategy: raw files -> one schema -> clean splits -> token rows; and the base model with its manifest.
+#
+# What may ask a hub runs where snakemake runs: the nodes of a cluster need no internet.
 
 
 rule demo_model:
@@ -16,6 +18,7 @@ rule demo_model:
         ),
     log:
         "logs/demo_model/SmolLM2-135M-Instruct.log",
+    localrule: True
     conda:
         "../../envs/finegrid.yaml"
     message:
@@ -29,6 +32,7 @@ rule demo_data:
         expand(f"{layout.DEMO_DATA}/{{split}}.jsonl.gz", split=SPLITS),
     log:
         "logs/demo_data/insuranceqa.log",
+    localrule: True
     conda:
         "../../envs/finegrid.yaml"
     message:
@@ -44,6 +48,7 @@ rule model:
         "data/models/{model}.json",
     log:
         "logs/model/{model}.log",
+    localrule: True
     conda:
         "../../envs/finegrid.yaml"
     params:
@@ -65,6 +70,7 @@ rule import_data:
         "logs/import/{data}.log",
     benchmark:
         "benchmarks/import/{data}.tsv"
+    localrule: True
     conda:
         "../../envs/finegrid.yaml"
     threads: data_processes
