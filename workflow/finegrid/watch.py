@@ -371,6 +371,8 @@ class Watcher:
         job = self.queue.job(facts.get("job"))
         if silence and (job is None or job.state == "PENDING"):
             return False
+        if stage == "evaluate":
+            row.step = row.steps = row.tokens_per_second = row.seconds = None
         self._take(row, facts)
         row.state, row.note = "running" if stage == "train" else "evaluating", silence or ""
         return True

@@ -270,7 +270,7 @@ def _arm(row: Row, width: int = sys.maxsize) -> str:
 
 def _step(row: Row) -> str:
     if row.state in GOING and row.step is None:
-        return row.doing
+        return row.doing if row.doing != row.state else ""
     if row.step is None:
         return f"{row.steps}" if row.steps else ""
     return f"{row.step}/{row.steps}" if row.steps else f"{row.step}"
