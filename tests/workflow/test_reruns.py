@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -167,6 +168,10 @@ def test_training_did_what_the_plan_said(finished):
         summary = read(results / f"training/{name}.json")
         for key in ("steps", "epochs", "effective_batch_size", "label_tokens"):
             assert run[key] == summary[key], key
+        assert run["tokens_seen"] == summary["tokens"]
+        with (results / f"history/{name}.csv").open() as file:
+            evaluations = [row for row in csv.DictReader(file) if row["eval_loss"]]
+        assert run["evaluations"] == len(evaluations)
 
 
 def test_provenance_holds_the_hashes_of_what_a_run_read(finished):
@@ -197,6 +202,30 @@ def test_a_mistake_in_the_study_ends_snakemake_with_its_message_alone(checkout):
     assert "factors.method.lora.peft_config.rr" in done.stderr
     assert "did you mean" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_plan_is_shown_before_anything_is_there(checkout):
+    for folder in ("data/clean", "data/tokens", "results", ".snakemake"):
+        shutil.rmtree(checkout.folder / folder)
+    (checkout.folder / "data/models/tiny/model.safetensors").unlink()
+    done = checkout.snakemake("plan")
+    assert "effective batch" in done.stdout
+    assert "raw files" in done.stdout
+    assert (checkout.folder / "results/tiny/figures/grid.pdf").read_bytes().startswith(b"%PDF")
+    assert not (checkout.folder / "data/clean").exists()
+    # What was shown is no substitute for the exact plan, nor for the picture of that.
+    pending = checkout.pending()
+    assert (pending["study_plan"], pending["plan_figure"], pending["train_adapter"]) == (1, 1, 2)
+
+
+def test_error_of_the_plan_stops_every_later_stage(checkout):
+    shutil.rmtree(checkout.folder / "results/tiny")
+    checkout.edit("config/recipes/tiny.yaml", "  max_steps: 4", "  max_steps: 4\n  warmup_steps: 9")
+    done = checkout.snakemake(check=False)
+    assert done.returncode == 1
+    assert "warmup" in done.stderr
+    assert not (checkout.folder / "results/tiny/runs").exists()
+    assert not (checkout.folder / "results/tiny/plan.json").exists()
 
 
 def test_a_data_limit_stops_the_stage_and_says_what_to_change(checkout):
