@@ -308,6 +308,25 @@ def test_the_peak_is_at_most_the_sum_of_the_columns(method: str):
         assert max(columns.values()) < memory.total <= sum(columns.values())
 
 
+@pytest.mark.parametrize(("rows", "prompt", "new_tokens"), [(2, 300, 8), (8, 64, 32)])
+def test_evaluation_is_the_peak_of_generating_and_scoring(rows, prompt, new_tokens, tiny_models):
+    import torch
+    from finegrid.evaluation.likelihood import label_nll
+    from finegrid.training.model import load_base
+    from transformers import GenerationConfig
+
+    folder = tiny_models("llama")
+    model = load_base(settings_of(), folder, "cpu").eval()
+    exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, "eos_token_id": 2}
+    ids = torch.full((rows, prompt), 7)
+    with LiveMemory(model) as memory:
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(**exactly))
+        label_nll(model, [row(number, prompt + new_tokens, new_tokens) for number in range(rows)], batch_size=rows)
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    predicted = evaluation_memory(settings_of(), shape, rows=rows, prompt=prompt, new_tokens=new_tokens, device="cpu")
+    assert predicted.total - predicted.runtime == pytest.approx(memory.peak, rel=0.1)
+
+
 def test_evaluation_is_weights_and_cache_and_grows_with_the_batch():
     shape = shape_of({"model_type": "llama", **WIDE})
     settings = settings_of({"dtype": "bfloat16"})

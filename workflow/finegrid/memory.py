@@ -121,22 +121,32 @@ def evaluation_memory(
     """Return what generating and scoring answers needs: weights, adapter, key-value cache and logits.
 
     Args:
-        rows: prompts that are answered at once.
+        rows: rows of a batch.
         prompt: tokens of the longest prompt.
-        new_tokens: tokens of an answer at most.
+        new_tokens: tokens of an answer at most; reference answers are taken to be as long.
         device: ``cpu`` or ``cuda``.
     """
     how = _way(settings, shape, device, rows > 1, None)
     numerics = how.numerics(evaluates=True, autocast=False)
-    tokens = rows * prompt
-    form = (tokens, rows * prompt**2, 0, 1, 1)
-    layer = max(_price(moment, form) for moment in layer_timeline(shape, numerics, how.adapters[0][0], False).forward)
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * numerics.stream * rows * (prompt + new_tokens)
-    # A layer's new key and value are laid beside the old ones before those go.
-    growing = 2 * shape.kv_heads * shape.head_dim * numerics.stream * rows * (prompt + new_tokens)
-    # The last position's logits, their float32 copy and the processed scores.
-    logits = rows * shape.vocabulary * (numerics.stream + 2 * FLOAT)
-    dynamic = max(layer, growing + logits) + cache
+    adapters, length = how.adapters[0][0], prompt + new_tokens
+
+    def most(moments: Iterable[Size], columns: int, labels: int) -> float:
+        return max(_price(moment, (rows * columns, rows * columns**2, labels, 1, 1)) for moment in moments)
+
+    layer = layer_timeline(shape, numerics, adapters, False).forward
+    head = head_timeline(shape, numerics, False, False).forward
+    position = 2 * shape.kv_heads * shape.head_dim * numerics.stream * rows
+    cache = shape.layers * position * length
+    # A layer's new keys and values lie beside the old ones until those go; eager attention repeats them for each head.
+    repeats = shape.heads // shape.kv_heads if numerics.attention == "eager" else 0
+    growing = position * length * (1 + repeats)
+    last = rows * shape.vocabulary * (numerics.stream + 2 * FLOAT)  # logits, in 32 bits, and processed
+    generating = cache + max(most(layer, prompt, 0), growing + last)
+    # The references' likelihood: finegrid.evaluation.likelihood bounds a batch to so many label tokens.
+    labels = max(min(rows * new_tokens, 1024), new_tokens)
+    scoring = max(most(layer, length, 0), most(head, length, labels))
+    logits = max(last, max(moment.label for moment in head) * labels)
+    dynamic = max(generating, scoring)
     static = how.weights + how.adapter_bytes + how.scales
     runtime = _runtime(device, dynamic, static + dynamic)
     return Memory(
@@ -144,7 +154,7 @@ def evaluation_memory(
         adapters=round(how.adapter_bytes),
         gradients=0,
         optimiser=0,
-        activations=round(cache + layer),
+        activations=round(cache + max(most(layer, length, 0), growing)),
         logits=round(logits),
         quantisation=round(how.scales + how.decoded),
         runtime=round(runtime),
