@@ -18,7 +18,7 @@ MEMORY = {
     "logits": "logits", "quantisation": "quant", "runtime": "runtime", "total": "total", "host": "on host",
 }  # fmt: skip
 ARMS_NOTE = "effective batch = batch per device × GPUs × accumulation; memory: of a GPU, or of the CPU's process"
-MEMORY_NOTE = "GB of a GPU, or of the CPU's process: each part's own most; total is the step's peak, below their sum"
+MEMORY_NOTE = "GB of a GPU, or of the CPU's process: each part's own most; total: the step's peak, below the sum"
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 MISFIT = " ✗"
 UNITS = ("B", "kB", "MB", "GB", "TB")
