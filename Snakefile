@@ -38,6 +38,8 @@ rule report:
 
 # Goes by what is there, so it waits for no stage; the job study_plan makes the exact plan before anything trains.
 rule plan:
+    input:
+        study_raw_files,
     log:
         f"logs/plan/{config['study']}/show.log",
     localrule: True

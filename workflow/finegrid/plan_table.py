@@ -154,10 +154,9 @@ def _summary(plan: Mapping) -> list[str]:
             f"disk: {size(total['output_bytes'])} of products; checkpoints of one run take up to {size(checkpoints)} "
             "while it trains"
         )
-    if not all(run["exact"] for run in trained):
+    if any(not run["exact"] and run["train_rows"] is not None for run in trained):
         lines.append("≈ counted from the raw files, before cleaning: the data stage makes it exact before any training")
-    reasons = dict.fromkeys(f"{key}: {why}" for run in trained for key, why in run["unknown"].items())
-    return lines + [f"? unknown: {reason}" for reason in reasons]
+    return lines
 
 
 def duration(seconds: float | None) -> str:

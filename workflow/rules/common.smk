@@ -188,7 +188,11 @@ def unique(items):
 
 def raw_files(wildcards):
     """The raw files of a data set; those of a hub data set are the hub's."""
-    data = shared("data", wildcards.data).settings.data_config
+    return raw_files_of(shared("data", wildcards.data))
+
+
+def raw_files_of(run):
+    data = run.settings.data_config
     files = [data.train_file, data.val_file, data.test_file]
     return [
         path
@@ -196,6 +200,15 @@ def raw_files(wildcards):
         if file
         for path in ([file] if isinstance(file, str) else file)
     ]
+
+
+def study_raw_files(wildcards):
+    """The raw files of the configured study: its plan is estimated from them."""
+    return unique(
+        path
+        for run in study_of(config["study"]).base_runs
+        for path in raw_files_of(run)
+    )
 
 
 def data_settings(wildcards):
