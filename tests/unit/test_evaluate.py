@@ -220,6 +220,19 @@ def test_other_limits_give_other_tokens_of_the_same_examples(base, data, model_d
     assert found["data"]["tokens"] != base["data"]["tokens"]
 
 
+def test_other_white_space_and_validation_rows_leave_the_answers_comparable(base, model_dir, tmp_path):
+    def spaced(messages: list[dict]) -> list[dict]:
+        return [{**message, "content": message["content"].replace(" ", "  ")} for message in messages]
+
+    test = {id: spaced(messages) for id, messages in TEST.items()}
+    validation = dict(list(VALIDATION.items())[1:])
+    clean = write_clean(tmp_path / "clean", train=VALIDATION, validation=validation, test=test)
+    tokenise(recipe(), clean, model_dir, tmp_path / "tokens")
+    found = run(recipe(), (tmp_path / "tokens", clean), model_dir, tmp_path)
+    assert found["data"]["examples"] == base["data"]["examples"]
+    assert found["data"]["tokens"] != base["data"]["tokens"]
+
+
 def test_answers_start_from_the_templates_prompt_and_stop_at_its_end(base, model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()

@@ -44,18 +44,18 @@ def study_text(folder: Path, name: str) -> str:
 
 
 def write_rows(source: Path, folder: Path) -> None:
-    """Write a few of the demo's rows under its own names: in train a long, a repeated, a nearly repeated and a leaked
-    one among 44 others."""
+    """Write a few of the demo's rows under its own names, such as a study of the data meets: long ones and repeated
+    ones, in train a nearly repeated and a leaked one as well."""
     folder.mkdir(parents=True)
     splits = {split: read_rows(source / f"{split}.jsonl.gz") for split in ("train", "validation", "test")}
-    long = max(splits["train"], key=lambda row: len(row["answer"]))
+    long = {split: max(rows, key=lambda row: len(row["answer"])) for split, rows in splits.items()}
     few = {split: [row for row in rows if 30 <= len(row["answer"].split()) <= 80] for split, rows in splits.items()}
     train = few["train"][:44]
     nearly = train[1] | {"id": "nearly", "answer": train[1]["answer"] + " Ask."}
     rows = {
-        "train": [*train, long, train[0] | {"id": "again"}, nearly, few["test"][0] | {"id": "leaked"}],
-        "validation": few["validation"][:6],
-        "test": few["test"][:8],
+        "train": [*train, long["train"], train[0] | {"id": "again"}, nearly, few["test"][0] | {"id": "leaked"}],
+        "validation": [*few["validation"][:6], few["validation"][0] | {"id": "again"}],
+        "test": [*few["test"][:7], long["test"]],
     }
     for split, content in rows.items():
         with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -141,15 +141,14 @@ def test_the_data_strategy_runs_to_its_report(fresh, insuranceqa_dir):
         level: read(results / f"data/{layout.tokens_folder(study.run(arm.runs[0])).name}.json")["splits"]["train"]
         for arm in study.arms
         for level in arm.factors.values()
-        if arm.name == study.compare.baseline or list(study.arms[0].factors.values()).count(level) == 0
+        if arm.name == study.compare.baseline or level not in study.arms[0].factors.values()
     }
     rows = {level: report["rows"] for level, report in reports.items()}
     assert rows["text_mended"] == 46  # without the repeated and the leaked row
     assert rows["duplicates_kept"] == rows["leaks_kept"] == 47
-    assert rows["near_duplicates_removed"] == rows["long_answers_left_out"] == 45
+    assert rows["near_duplicates_removed"] == 45
     assert rows["0.25"] == pytest.approx(46 / 4, abs=1)
     assert reports["text_mended"]["truncated_answers"] == 1
-    assert reports["long_answers_left_out"]["truncated_answers"] == 0
     assert reports["answer_128"]["label_tokens"] < reports["text_mended"]["label_tokens"]
 
 

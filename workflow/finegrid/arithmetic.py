@@ -38,9 +38,9 @@ def training_arithmetic(
     Returns:
         ``per_device_train_batch_size``, ``gpus``, ``gradient_accumulation_steps`` and ``effective_batch_size``, their
         product, in rows; ``steps`` of the optimiser, ``warmup_steps`` of them, ``epochs``; ``train_rows``;
-        ``label_tokens`` and ``tokens`` seen over the run (exact for whole epochs on one GPU; for a part of an epoch,
-        and for the rows that several GPUs repeat to fill the last batch, the rows' share); ``evaluations`` of the
-        validation split, the one before the first step and the one after the last included; ``checkpoints`` written;
+        ``label_tokens`` and ``tokens`` seen over the run (exact for whole epochs; for a part of an epoch the rows'
+        share; rows that only fill the last batches of several GPUs carry no loss); ``evaluations`` of the validation
+        split, the one before the first step and the one after the last included; ``checkpoints`` written;
         ``unknown``: the reason for each None. With early stopping all are the most there can be. A run that loads its
         best model at its end evaluates it once more, unless the best is the last.
 
@@ -243,9 +243,6 @@ def _rows_seen(settings: RunSettings, rows: int | None, steps: int | None, per_e
     at_once = sizes["per_device_train_batch_size"] * sizes["gpus"]
     if settings.training_arg("dataloader_drop_last"):
         in_epoch = rows // at_once * at_once
-    elif sizes["gpus"] > 1:
-        # accelerate starts over with the first rows until every process has a full batch.
-        in_epoch = math.ceil(rows / at_once) * at_once
     whole, part = divmod(steps, per_epoch) if per_epoch else (0, 0)
     return whole * in_epoch + min(part * sizes["effective_batch_size"], in_epoch)
 

@@ -100,7 +100,7 @@ def evaluate(
         "run": run,
         "metrics_version": METRICS_VERSION,
         "signatures": scored[settings.evaluation.split].signatures if scored else {},
-        "data": _content_hashes(rows),
+        "data": _content_hashes(rows, settings.evaluation.split),
         "splits": {split: _summary(rows[split], scored.get(split)) for split in SPLITS},
         "generation": _generation_facts(new_tokens, clock) if scored else None,
         "seconds": clock.seconds(),
@@ -150,25 +150,30 @@ def _texts(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {"prompt": prompt, "reference": messages[last]["content"]}
 
 
-def _content_hashes(rows: dict[str, list[Row]]) -> dict[str, str]:
+def _content_hashes(rows: dict[str, list[Row]], answered: str) -> dict[str, str]:
     """Return SHA-256 of what was asked and expected.
 
-    `tokens` is equal for runs whose losses are comparable example by example; `examples` for runs whose answers are,
-    also where a limit or another tokenizer gave them other tokens.
+    `tokens` is equal for runs whose losses are comparable example by example; `examples` for runs whose answers in the
+    split `answered` are, also where a limit or another tokenizer gave them other tokens, or cleaning other white space,
+    which every metric folds.
     """
-    fields = {
-        "tokens": ("id", "input_ids", "labels", "prompt_length"),
-        "examples": ("id", "prompt", "reference"),
+    wanted = {
+        "tokens": (SPLITS, ("id", "input_ids", "labels", "prompt_length")),
+        "examples": ((answered,), ("id", "prompt", "reference")),
     }
     hashes = {}
-    for name, columns in fields.items():
+    for name, (splits, columns) in wanted.items():
         digest = hashlib.sha256()
-        for split in SPLITS:
+        for split in splits:
             for row in rows[split]:
-                facts = [split, *(row[column] for column in columns)]
+                facts = [split, *(_folded(row[column]) for column in columns)]
                 digest.update(json.dumps(facts, ensure_ascii=False).encode() + b"\n")
         hashes[name] = digest.hexdigest()
     return hashes
+
+
+def _folded(fact: Any) -> Any:
+    return " ".join(fact.split()) if isinstance(fact, str) else fact
 
 
 # ---------------------------------------------------------------- the steps; each adds its columns to the rows
