@@ -7,6 +7,7 @@ is killed. Several of them can run side by side, one a test process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import getpass
 import os
@@ -27,6 +28,7 @@ GPU_MODEL = "a100"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 SECONDS_TO_BE_UP = 30
 SECONDS_TO_END = 10
+SECONDS_TO_SETTLE = 5
 
 # Memory is enforced by sampling each second, since control groups are not ours to use in a container; a job that takes
 # more than it asked for is killed, as on a cluster. Finished jobs stay in `squeue` (MinJobAge), for there is no
@@ -106,7 +108,7 @@ class Slurm:
     Args:
         nodes: node daemons, all on this machine; the four GPUs are divided among them.
         kill_wait: seconds between SIGTERM and SIGKILL when a job's time is over or it is cancelled.
-        node_timeout: seconds until a node that doesn't answer counts as down.
+        node_timeout: seconds until a node that doesn't answer counts as down by itself.
     """
 
     def __init__(self, nodes: int = 1, kill_wait: int = 5, node_timeout: int = 300):
@@ -137,7 +139,7 @@ class Slurm:
         each = GPUS // len(self.nodes)
         lines, gpus = [], ["AutoDetect=off"]
         for index, name in enumerate(self.nodes):
-            (folder / f"spool-{name}").mkdir()
+            self._spool(name).mkdir()
             lines.append(NODE.format(name=name, host=host, port=ports[1 + index], model=GPU_MODEL, gpus=each))
             files = f"{folder}/gpu[{index * each}-{index * each + each - 1}]"
             gpus.append(f"NodeName={name} Name=gpu Type={GPU_MODEL} File={files}")
@@ -191,15 +193,38 @@ class Slurm:
         self._wait_until(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), "Slurm")
 
     def start_node(self, name: str) -> None:
-        """Start a node's daemon; jobs that it had are still known to it."""
-        self._spawn(name, ["slurmd", "-D", "-N", name])
+        """Start a node's daemon."""
+        self._spawn(name, ["slurmd", "-D", "-N", name], self._spool(name))
 
     def kill_node(self, name: str) -> None:
         """Let a node die as by a power cut: its daemon and everything that its jobs started."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
+        for process in Path("/proc").glob("[0-9]*"):  # what would tell the controller how the jobs ended
+            with contextlib.suppress(OSError):
+                stepd = (process / "comm").read_text() == "slurmstepd\n"
+                if stepd and (process / "cwd").readlink() == self._spool(name):
+                    os.kill(int(process.name), signal.SIGKILL)
         self._kill_processes(name)
+        # What the controller does by itself when SlurmdTimeout is over.
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=no answer")
+
+    def revive_node(self, name: str) -> None:
+        """Bring a dead node back."""
+        self.start_node(name)
+        self._wait_until(lambda: self.node_states().get(name) == "down", f"node {name}")
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self._wait_until(lambda: self.node_states().get(name) == "idle", f"node {name}")
+
+    def start_again(self, *jobs: str) -> None:
+        """Let requeued jobs start soon; Slurm would wait two minutes, and needs some seconds.
+
+        Else its words to the node to end the job's first try come late and end the second.
+        """
+        time.sleep(SECONDS_TO_SETTLE)
+        for job in jobs:
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop(self) -> None:
         """End jobs and daemons, and remove the folder."""
@@ -217,12 +242,15 @@ class Slurm:
         self._kill_processes()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _spawn(self, name: str, command: list[str]) -> None:
+    def _spool(self, node: str) -> Path:
+        return self.folder / f"spool-{node}"
+
+    def _spawn(self, name: str, command: list[str], folder: Path | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
                 [program(command[0]), *command[1:]],
                 env=self.environment,
-                cwd=self.folder,
+                cwd=folder or self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -307,6 +335,7 @@ class Slurm:
 
 def _job(line: str) -> dict[str, str]:
     shown = dict(re.findall(r"(?:^| )(\w[\w:/]*)=(.*?)(?= \w[\w:/]*=|$)", line))
+    shown = {key: value.strip() for key, value in shown.items()}
     return shown | {
         "id": shown["JobId"],
         "name": shown["JobName"],

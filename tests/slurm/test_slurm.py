@@ -126,7 +126,7 @@ def test_the_controller_says_no_more_than_what_happens(finished):
     lines = finished.printed.splitlines()
     assert "Traceback" not in finished.printed
     assert not [line for line in lines if re.search("Auto-selected|account|SLURM run ID|memory information", line)]
-    assert len(lines) < 8 * len(finished.jobs)
+    assert len(lines) < 10 * len(finished.jobs)
 
 
 def test_jobs_ask_no_hub(finished):
