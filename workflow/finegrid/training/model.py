@@ -74,7 +74,12 @@ def _prepare_quantised(model: PreTrainedModel) -> PreTrainedModel:
 
     model.loading_notes = make_exact_on_cpu(model)  # for the run's summary
     # Checkpointing of activations is the recipe's own setting, never switched on by the way.
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            # A view of the file's memory map would keep the whole file resident, all unquantised weights with it.
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def attach_adapter(settings: RunSettings, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
