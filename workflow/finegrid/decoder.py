@@ -102,6 +102,7 @@ class Shape:
     mlp_bias: bool
     attention_softcap: bool
     logit_softcap: bool
+    stored: int = FLOAT  # bytes of a weight in the checkpoint's file
 
     @property
     def family(self) -> Family:
@@ -195,6 +196,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         mlp_bias=bool(values.get("mlp_bias", False)) and kind == "llama",
         attention_softcap=values.get("attn_logit_softcapping", 50.0 if softcap else None) is not None,
         logit_softcap=values.get("final_logit_softcapping", 30.0 if softcap else None) is not None,
+        stored=HALF if str(config.get("dtype") or config.get("torch_dtype")).endswith("16") else FLOAT,
     )
 
 

@@ -44,7 +44,7 @@ MIB = 2**20
 # The process on the CPU without tensors: 530 MiB once torch, transformers, peft and datasets are imported (145 of them
 # pages of the libraries' files), and 30 more of kernels and graph after a step (Linux x86-64, torch 2.13).
 CPU_PROCESS = 560 * MIB
-# Free pieces of the heap between live ones, as a share of the tensors. Measured with MALLOC_MMAP_THRESHOLD_=1048576,
+# Free pieces of the heap between live ones, as a share of the tensors. Measured with MALLOC_MMAP_THRESHOLD_=262144,
 # where a tensor's memory goes back when the tensor goes; glibc's default keeps it and holds 10 to 45 % more.
 CPU_FRAGMENTATION = 0.03
 # A CUDA context with the kernels of torch and cuBLAS's workspace.
@@ -69,7 +69,8 @@ class Memory:
         activations: what is kept for backward, with the temporaries of the layer at work.
         logits: logits, their 32-bit copy, log-probabilities and gradients, on label positions.
         quantisation: scales of quantised weights and the decoded weights of the layer at work.
-        runtime: the CUDA context and the share lost between blocks; on the CPU the process itself.
+        runtime: the CUDA context and the share lost between blocks; on the CPU the process itself, and the part of the
+            checkpoint's file by which loading needs more than any step.
         total: the peak.
         host: what offloading moves into the host's memory, for this GPU.
     """
@@ -148,7 +149,7 @@ def evaluation_memory(
     logits = max(last, max(moment.label for moment in head) * labels)
     dynamic = max(generating, scoring)
     static = how.weights + how.adapter_bytes + how.scales
-    runtime = _runtime(device, dynamic, static + dynamic)
+    runtime = max(_runtime(device, dynamic, static + dynamic), _loading(how, device) - static - dynamic)
     return Memory(
         weights=round(how.weights),
         adapters=round(how.adapter_bytes),
@@ -532,6 +533,7 @@ class Plan:
     evaluation_rows: int | None
     host: float
     device: str
+    loading: float  # the peak while the weights are made
 
     def price(self, rows: int, length: int, labels: int) -> Memory:
         """Return the memory of a step on such a batch, see :func:`training_memory`."""
@@ -548,6 +550,7 @@ class Plan:
         fixed = 0 if way.base.base != "plain" else 1
         activations = max(_price(moment, (form[0], form[1], 0, fixed, 0)) for moment in self.moments) + inputs
         runtime = _runtime(self.device, dynamic, self.static + dynamic)
+        runtime = max(runtime, self.loading - self.static - dynamic)
         return Memory(
             weights=round(way.weights),
             adapters=round(way.adapter_bytes),
@@ -568,6 +571,14 @@ def _price(moment: Size, form: tuple[float, ...]) -> float:
 
 def _runtime(device: str, dynamic: float, live: float) -> float:
     return CUDA_CONTEXT + CUDA_FRAGMENTATION * dynamic if device == "cuda" else CPU_PROCESS + CPU_FRAGMENTATION * live
+
+
+def _loading(way: Way, device: str) -> float:
+    """The peak of a process on the CPU while it makes other weights of the checkpoint's: the file stays mapped as a
+    whole until the last one is made. Weights of the file's own type are the map; on a GPU it is host memory."""
+    if device == "cuda" or (way.base.base == "plain" and way.shape.stored == way.base.itemsize):
+        return 0.0
+    return CPU_PROCESS + way.shape.parameters * way.shape.stored + way.weights + way.scales
 
 
 def _inputs(way: Way, rows: int, length: int, labels: int) -> float:
@@ -646,6 +657,7 @@ def _build(
         evaluation_rows=evaluation_rows,
         host=host,
         device=device,
+        loading=_loading(way, device),
     )
 
 
