@@ -416,16 +416,16 @@ def training_needs(context: Context, run: Run) -> dict[str, int]:
 
 
 def _training_needs(context: Context, run: Run) -> dict[str, int]:
-    shape, _ = context.shape(run.settings)
-    memory, card, _ = context.memory(run, shape)
-    needs = {"gpus": run.settings.gpus if card else 0, "mem_mb": 8000}
+    facts = context.facts(run)
+    memory, on_gpu = facts["memory"], facts["device"] != "cpu"
+    needs = {"gpus": run.settings.gpus if on_gpu else 0, "mem_mb": 8000}
     if memory:
-        host = memory.total if card is None else evaluation_host(shape, run.settings) + memory.host
+        shape, _ = context.shape(run.settings)
+        host = evaluation_host(shape, run.settings) + memory["host"] if on_gpu else memory["total"]
         processes = run.settings.gpus
         needs["mem_mb"] = math.ceil(host * processes * MARGIN / MEGABYTE)
-    seconds = context.facts(run)["seconds"]
-    if seconds is not None:
-        needs["runtime"] = math.ceil((seconds * 1.5 + 600) / 60)  # loading, saving, a slower node
+    if facts["seconds"] is not None:
+        needs["runtime"] = math.ceil((facts["seconds"] * 1.5 + 600) / 60)  # loading, saving, a slower node
     return needs
 
 
