@@ -7,7 +7,6 @@ rule compare:
         metrics=all_metrics,
         predictions=all_predictions,
         summaries=all_summaries,
-        histories=all_histories,
     output:
         arms="results/{study}/comparison/arms.tsv",
         comparisons="results/{study}/comparison/comparisons.tsv",

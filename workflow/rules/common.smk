@@ -21,6 +21,7 @@ from finegrid.plan import (
 )
 from finegrid.settings import check_files
 from finegrid.study import load_study
+from snakemake.common import get_function_params, overwrite_function_params
 from snakemake.exceptions import WorkflowError
 
 TABLES = (
@@ -319,30 +320,31 @@ def evaluation_settings(wildcards):
     return run_of(wildcards).settings.evaluation_settings()
 
 
-def evaluation_tokens(wildcards):
-    return token_files(run_of(wildcards), "validation", "test")
+def scored_rows(wildcards):
+    run = run_of(wildcards)
+    clean = layout.clean_folder(run)
+    references = [f"{clean}/{split}.jsonl" for split in ("validation", "test")]
+    return token_files(run, "test") + references
 
 
-def references(wildcards):
-    folder = layout.clean_folder(run_of(wildcards))
-    return [f"{folder}/{split}.jsonl" for split in ("validation", "test")]
+def untrained_model(wildcards):
+    """What an untrained model's scores rest on; a trained run's summary changes with all of these."""
+    run = run_of(wildcards)
+    if run.method != "base":
+        return []
+    return [manifest(run), *token_files(run, "validation")]
 
 
-def trained_weights(wildcards):
-    """What the run trained; its summary, written at the same time, tells whether it changed."""
+def trained_model(wildcards):
+    """What the run trained, and its summary: written at the same time, it tells whether the weights changed."""
     run = run_of(wildcards)
     if run.method == "base":
         return []
-    return ancient(layout.weights_folder(wildcards.study, run).as_posix())
-
-
-def training_summary(wildcards):
-    run = run_of(wildcards)
-    return (
-        []
-        if run.method == "base"
-        else results(wildcards.study, "training/{run}.json", [run])
-    )
+    weights = layout.weights_folder(wildcards.study, run).as_posix()
+    return [
+        ancient(weights),
+        *results(wildcards.study, "training/{run}.json", [run]),
+    ]
 
 
 def evaluation_memory(wildcards, attempt):
@@ -373,13 +375,10 @@ def all_predictions(wildcards):
 
 
 def all_summaries(wildcards):
+    """The summaries, and so the histories: a training writes both."""
     return results(
         wildcards.study, "training/{run}.json", study_of(wildcards.study).runs
     )
-
-
-def all_histories(wildcards):
-    return results(wildcards.study, "history/{run}.csv", study_of(wildcards.study).runs)
 
 
 # ---- publication
@@ -405,7 +404,7 @@ def publication_code(*modules):
     return [code_fingerprint(f"finegrid.publication.{module}") for module in modules]
 
 
-# Snakemake asks for a function's signature at each call, twice; worked out once, a call costs half as much.
+# Snakemake asks for a function's parameters at each call, twice; worked out once, a call costs half as much.
 for _function in [value for value in globals().values() if inspect.isfunction(value)]:
     if _function.__globals__ is globals():
-        _function.__signature__ = inspect.signature(_function)
+        overwrite_function_params(_function, get_function_params(_function))

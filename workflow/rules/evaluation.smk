@@ -4,11 +4,9 @@
 rule evaluate:
     input:
         plan=ancient("results/{study}/plan.json"),
-        tokens=evaluation_tokens,
-        clean=references,
-        model=run_manifest,
-        weights=trained_weights,
-        summary=training_summary,
+        rows=scored_rows,
+        base=untrained_model,
+        trained=trained_model,
     output:
         predictions="results/{study}/runs/{run}/predictions.jsonl",
         metrics="results/{study}/metrics/{run}.json",
