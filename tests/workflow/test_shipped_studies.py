@@ -80,7 +80,7 @@ def reduce(study: dict) -> dict:
             if "training_args.max_steps" in level:
                 level["training_args.max_steps"] = 3
     if "fraction" in study["factors"]:  # two points of a curve do
-        study["factors"]["fraction"]["levels"] = [1.0, 0.25]
+        study["factors"]["fraction"]["levels"] = [1.0, 0.5]
         del study["factors"]["max_answer"]["answer_256"]
     if "include" in study:  # one pair of scheduler and warmup
         del study["include"][1:]
@@ -122,8 +122,12 @@ def losses(study: Study, results: Path) -> dict[str, float]:
             assert summary["final_eval_loss"] != summary["base_eval_loss"], arm.name
             assert planned[run]["effective_batch_size"] == summary["effective_batch_size"] == 32
             if study.run(run).settings.early_stopping is None:
-                for key in ("steps", "epochs", "label_tokens"):
-                    assert planned[run][key] == summary[key], (arm.name, key)
+                whole = float(summary["epochs"]).is_integer()
+                assert planned[run]["steps"] == summary["steps"], arm.name
+                assert planned[run]["epochs"] == pytest.approx(summary["epochs"], abs=1e-4), arm.name
+                # Of a part of an epoch the plan knows the rows' share.
+                tolerance = 0 if whole else 0.1
+                assert planned[run]["label_tokens"] == pytest.approx(summary["label_tokens"], rel=tolerance), arm.name
             assert read(results / f"metrics/{run}.json")["splits"]["test"]["examples"] == 8
             found[arm.name] = summary["final_eval_loss"]
     metric = study.compare.metric
@@ -147,7 +151,7 @@ def test_the_data_strategy_runs_to_its_report(fresh, insuranceqa_dir):
     assert rows["text_mended"] == 46  # without the repeated and the leaked row
     assert rows["duplicates_kept"] == rows["leaks_kept"] == 47
     assert rows["near_duplicates_removed"] == 45
-    assert rows["0.25"] == pytest.approx(46 / 4, abs=1)
+    assert rows["0.5"] == 23
     assert reports["text_mended"]["truncated_answers"] == 1
     assert reports["answer_128"]["label_tokens"] < reports["text_mended"]["label_tokens"]
 
