@@ -106,6 +106,15 @@ def test_an_example_that_is_not_the_same_is_refused(study, change, message):
     assert any(message in problem and run in problem for problem in caught.value.problems)
 
 
+def test_references_may_differ_in_white_space(study):
+    def spaced(rows: list[dict]) -> list[dict]:
+        return [row | {"reference": f" {row['reference'].replace(' ', '  ')}"} for row in rows]
+
+    expected = load(study).ids
+    rewrite(study, a_run(study), spaced)
+    assert load(study).ids == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

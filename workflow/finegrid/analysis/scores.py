@@ -200,8 +200,10 @@ def _prediction_row(line: str, place: str) -> tuple:
         row = json.loads(line)
         scores = row.get("scores") or {}
         nll = row["nll"] if row["nll"] is not None else float("nan")
-        # The text itself is not kept: its hash tells whether two runs answered the same question.
-        fixed = (row["id"], row["split"], hash(row["reference"]), nll, row["label_tokens"])
+        # The text itself is not kept: its hash tells whether two runs answered the same question. White space that
+        # cleaning left or folded is no difference to any metric.
+        reference = hash(" ".join(row["reference"].split()))
+        fixed = (row["id"], row["split"], reference, nll, row["label_tokens"])
         return (*fixed, *(scores.get(name, float("nan")) for name in SCORES))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: not a row of predictions ({error!r}); expected id, split, nll, scores, …") from None
