@@ -45,7 +45,7 @@ MIB = 2**20
 # pages of the libraries' files), and 30 more of kernels and graph after a step (Linux x86-64, torch 2.13).
 CPU_PROCESS = 560 * MIB
 # Free pieces of the heap between live ones, as a share of the tensors. Measured with MALLOC_MMAP_THRESHOLD_=262144,
-# where a tensor's memory goes back when the tensor goes; glibc's default keeps it and holds 10 to 45 % more.
+# where a tensor's memory goes back when the tensor goes; glibc's default keeps it: 1.1 to 2.2 times as much is held.
 CPU_FRAGMENTATION = 0.03
 # A CUDA context with the kernels of torch and cuBLAS's workspace.
 CUDA_CONTEXT = 600 * MIB
