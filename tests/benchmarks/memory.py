@@ -9,7 +9,7 @@ what a job asks its machine for; predicted is ``finegrid.memory.training_memory(
 
 The processes run with ``MALLOC_MMAP_THRESHOLD_=262144``: a tensor's memory goes back to the system when the tensor
 goes. By its default glibc keeps most of it, in pieces that later tensors often do not fit, differently from run to run:
-``--allocator default`` measures 1.1 to 2.2 times the prediction, for about a tenth less CPU time.
+``--allocator default`` measures 1.1 to 2.2 times the prediction, for about a fifth less CPU time.
 """
 
 from __future__ import annotations
