@@ -238,7 +238,7 @@ def test_a_terminated_launcher_ends_its_workers_and_the_run_goes_on_from_its_che
     assert not project.weights(arm).exists()
     output = project.train(arm)
     resumed = project.summary(arm)["resumed_from"]
-    assert resumed in (10, 20, 30)
+    assert 10 <= resumed < 40
     assert f"going on from step {resumed}" in output
     assert_same_curve(project.history(arm), project.train_here("long"), tolerance=1e-3)
     assert_plain_libraries_load_it(project, arm)

@@ -114,6 +114,9 @@ def train(
     if args.deepspeed:
         import deepspeed
 
+        if args.device.type == "cpu":
+            # Else it compiles collectives of its own, which needs a compiler and 20 s; gloo does.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # transformers doesn't on the CPU, and ZeRO 3 divides the weights as they load
     set_seed(args.seed)
     base = load_base(settings, model, args.device)
