@@ -23,6 +23,7 @@ from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
 from finegrid.training import launch
 from finegrid.training.state import live_state
+from finegrid.training.stopping import Stop
 
 if TYPE_CHECKING:
     from finegrid.study import Run, Study
@@ -197,10 +198,15 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
         starts_workers = worker is None and launch.is_needed(the_run.settings)
         is_first = worker is None or worker.rank == 0
         checkpoints = scratch / the_study.name / run
-        with live_state(checkpoints / "state.json", run, log, writes=is_first, is_launcher=starts_workers) as tell:
+        state = checkpoints / "state.json"
+        with (
+            Stop() as stop,
+            live_state(state, run, log, writes=is_first, is_launcher=starts_workers, stop=stop) as tell,
+        ):
             if starts_workers:
                 os.environ["FINEGRID_SCRATCH"] = str(scratch)
-                launch.start(the_run.settings, ["train", study, run, *(["--log", str(log)] if log else [])], progress)
+                command = ["train", study, run, *(["--log", str(log)] if log else [])]
+                launch.start(the_run.settings, command, progress, stop)
                 return
             from finegrid.training.train import train
 
@@ -215,6 +221,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 checkpoints=checkpoints,
                 progress=progress,
                 tell=tell,
+                stop=stop,
             )
             if is_first:
                 write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))

@@ -9,6 +9,7 @@ of the launcher's own: a user hears each thing once, whichever process met it fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,13 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finegrid.errors import UserError
-from finegrid.files import write_json
+from finegrid.files import write_json, write_text
+from finegrid.training.stopping import SIGNALS, Stop, Stopped
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
 
 FOLDER = "FINEGRID_LAUNCH"
 SECONDS_BETWEEN_LOOKS = 0.2
+# What a worker ends with that was asked to: the signal, as it is or as a shell tells it; or torchrun kills it after.
+ASKED_TO_END = {code for number in (*SIGNALS, signal.SIGQUIT, signal.SIGKILL) for code in (-number, 128 + number)}
 
 
 class ProcessFailed(Exception):
@@ -52,17 +56,17 @@ def check_gpus(settings: RunSettings, visible: int) -> None:
         )
 
 
-def start(settings: RunSettings, command: Sequence[str], say: Callable[[str], None]) -> None:
+def start(settings: RunSettings, command: Sequence[str], say: Callable[[str], None], stop: Stop) -> None:
     """Run ``finegrid <command>`` in ``settings.gpus`` processes; return when all of them ended well.
-
-    A signal that asks the launcher to end (SIGTERM, SIGINT, SIGHUP) is passed on, and then ends the launcher itself.
 
     Args:
         say: gets each line of progress of the first process.
+        stop: a signal that asks the launcher to end is passed on to the workers, which save and end together.
 
     Raises:
         UserError: what a worker raised; or the machine has too few GPUs.
         ProcessFailed: a worker crashed, or was killed.
+        Stopped: the launcher was asked to end, and its workers have ended.
     """
     import torch
 
@@ -72,33 +76,46 @@ def start(settings: RunSettings, command: Sequence[str], say: Callable[[str], No
     if on_cpu and settings.gpus > 1:
         say(f"{settings.gpus} processes on the CPU")
     with tempfile.TemporaryDirectory(prefix="finegrid-") as folder, _environment(settings, folder, on_cpu):
+        stop.pass_on = functools.partial(_pass_on, Path(folder), settings.gpus)
         with _following(Path(folder), say):
-            failures, stopped_by = _torchrun(settings.gpus, command)
-        if stopped_by is not None:
-            signal.signal(stopped_by, signal.SIG_DFL)
-        elif failures:
+            failures = _torchrun(settings.gpus, command)
+        stop.pass_on = None
+        if stop.asked and set(failures.values()) <= ASKED_TO_END:
+            raise Stopped(stop.asked)
+        if failures:
             _raise_what_happened(Path(folder), failures, settings.gpus)
-    if stopped_by is not None:
-        os.kill(os.getpid(), stopped_by)
 
 
-def _torchrun(processes: int, command: Sequence[str]) -> tuple[dict[int, int], int | None]:
-    """Return the exit codes of failed processes by rank (a signal's number is negative), and the signal that came."""
+def _pass_on(folder: Path, processes: int, number: signal.Signals) -> None:
+    """Send a signal to the workers; torchrun itself would kill them after a while, whatever they are doing."""
+    workers = [int(path.read_text()) for path in folder.glob("pid-*")]
+    if len(workers) < processes:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        raise SignalException(f"{number.name} while the processes start", number)  # torchrun ends those that it knows
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, number)
+
+
+def _torchrun(processes: int, command: Sequence[str]) -> dict[int, int]:
+    """Return the exit codes of failed processes by rank; a signal's number is negative."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The address by number: the name of a machine need not be known to itself. The port is any free one.
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+    options += ["--signals-to-handle", "SIGQUIT"]  # the others are passed on by this process
     arguments = run.parse_args([*options, "-m", "finegrid.cli"])
     arguments.training_script_args = list(command)  # torchrun would take `--log` for an option of its own
     try:
         run.run(arguments)
     except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}, None
-    except SignalException as stop:
-        return {}, stop.sigval
-    return {}, None
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except SignalException as error:
+        return {0: -error.sigval}
+    return {}
 
 
 @contextlib.contextmanager
@@ -199,6 +216,8 @@ def this_worker() -> Worker | None:
 
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    if folder:
+        write_text(Path(folder) / f"pid-{os.environ['RANK']}", str(os.getpid()))
     return Worker(int(os.environ["RANK"]), Path(folder) if folder else None)
 
 

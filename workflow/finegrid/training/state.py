@@ -31,6 +31,7 @@ from typing import Any
 
 from finegrid.errors import UserError
 from finegrid.files import write_json
+from finegrid.training.stopping import Stop, Stopped
 
 SECONDS_BETWEEN_WRITES = 5.0
 SECONDS_BEFORE_THE_LIMIT = 60.0  # SIGTERM comes at a job's limit, or so long before it by `--signal`
@@ -61,28 +62,42 @@ RAISED = re.compile(r"^(?:[\w.]+\.)?([A-Z]\w*)(?:: (.*))?$")
 
 @contextlib.contextmanager
 def live_state(
-    path: Path, run: str, log: Path | None, *, writes: bool = True, is_launcher: bool = False
+    path: Path,
+    run: str,
+    log: Path | None,
+    *,
+    writes: bool = True,
+    is_launcher: bool = False,
+    stop: Stop | None = None,
 ) -> Iterator[Callable[..., None]]:
     """Keep a state file while the block runs; give it a function ``tell(**facts)``, see the module for the facts.
 
     A block that ends well removes the file, and its folder if nothing else is in it. An exception leaves the reason
-    and goes on; so does SIGTERM. No trouble with the file ever ends the work.
+    and goes on; so does a signal that ends the process. No trouble with the file ever ends the work.
 
     Args:
         writes: False for all but the first of several processes: nothing is written.
         is_launcher: the facts and the signs of life come from another process, which writes the same file.
+        stop: who listens for signals; without it the block is ended by them at once.
     """
     if not writes:
         yield lambda **facts: None
         return
     keeper = _Keeper(path, run, log, is_launcher)
-    keeper.start()
-    try:
-        yield keeper.tell
-    except BaseException as error:
-        keeper.end(reason_of(error))
-        raise
-    keeper.end(None)
+    with contextlib.nullcontext(stop) if stop is not None else Stop() as listening:
+        listening.last_words = keeper.ended_by
+        keeper.start()
+        try:
+            yield keeper.tell
+        except Stopped as error:
+            keeper.ended_by(error.signal)
+            raise
+        except BaseException as error:
+            keeper.end(reason_of(error))
+            raise
+        finally:
+            listening.last_words = lambda number: None
+        keeper.end(None)
 
 
 class _Keeper:
@@ -103,13 +118,9 @@ class _Keeper:
         self._written = 0.0
         self._lock = threading.RLock()  # SIGTERM may come in the middle of a write
         self._ended = threading.Event()
-        self._catches = False
 
     def start(self) -> None:
         self._write()
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._terminated)
-            self._catches = True
         threading.Thread(target=self._beat, daemon=True).start()
 
     def tell(self, **facts: Any) -> None:
@@ -122,8 +133,6 @@ class _Keeper:
 
     def end(self, reason: str | None) -> None:
         self._ended.set()
-        if self._catches and signal.getsignal(signal.SIGTERM) == self._terminated:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with self._lock:
             if reason is None:
                 self._remove()
@@ -143,14 +152,12 @@ class _Keeper:
                 if not self._ended.is_set() and not self.is_launcher:
                     self._write()
 
-    def _terminated(self, number: int, frame: Any) -> None:
-        if os.getpid() == self.facts["pid"]:  # not a copy of this process, such as a loader of data
-            self._ended.set()
-            with self._lock:
-                late = self.deadline is not None and time.time() > self.deadline - SECONDS_BEFORE_THE_LIMIT
-                self._fail("time-out" if late else "ended by SIGTERM")
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    def ended_by(self, number: signal.Signals) -> None:
+        """Write that a signal ended the run; one that came at the job's limit, or announced it, was its time-out."""
+        now, limit = time.time(), self.deadline
+        late = limit is not None and (number == signal.SIGUSR1 or now > limit - SECONDS_BEFORE_THE_LIMIT)
+        interrupted = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        self.end("time-out" if late else interrupted)
 
     def _write(self) -> None:
         self._written = time.monotonic()

@@ -43,7 +43,8 @@ from finegrid.files import write_json
 from finegrid.training.history import HistoryFile, history_rows, write_history
 from finegrid.training.model import attach_adapter, load_base
 from finegrid.training.progress import EarlyStopping, FactsTold, Flow, ProgressLines
-from finegrid.training.trainer import LabelTokenTrainer, is_complete
+from finegrid.training.stopping import Stop, Stopped
+from finegrid.training.trainer import EvaluationLeft, LabelTokenTrainer, is_complete
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
@@ -68,6 +69,7 @@ def train(
     checkpoints: Path,
     progress: Progress = lambda line: None,
     tell: Callable[..., None] = lambda **facts: None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train one run, see the module, and return its summary.
 
@@ -81,9 +83,11 @@ def train(
         checkpoints: scratch folder of this run alone; its name is the run's name in trackers.
         progress: gets a short line every ten seconds or so.
         tell: gets facts of the run as it goes, as :class:`finegrid.training.progress.FactsTold` names them.
+        stop: who knows whether the process was asked to end; then it saves a checkpoint at the end of the step.
 
     Raises:
         UserError: settings that the libraries refuse, no rows to train on, a loss or gradient that is no number.
+        Stopped: the process was asked to end; the next call goes on from the checkpoint.
     """
     transformers.utils.logging.disable_progress_bar()
     rows, validation = _read_rows(tokens, "train"), _read_rows(tokens, "validation")
@@ -128,24 +132,43 @@ def train(
         _forget_logs(trainer, checkpoints)
     else:
         progress(f"going on from step {_step(checkpoint)}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.stop = stop or trainer.stop
+    try:
+        with trainer.stop.waits():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _note_early_stop(settings, trainer, notes)
+            final_loss = _final_evaluation(trainer, notes)
+            _stop_if_asked(trainer)
+            tell(state="saving")
+            base.config.use_cache = use_cache
+            result = _summary(settings, trainer, final_loss, checkpoint, notes + trainer.notes)
+            _write_weights(settings, trainer, model, output)
+            if trainer.is_world_process_zero():
+                write_history(history, history_rows(trainer.state.log_history))
+                write_json(summary, result)
+            _stop_if_asked(trainer)  # a job that is ended fails, and what it wrote is removed: keep the checkpoint
+    except Stopped as request:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        kept = "its checkpoint is saved, the same command goes on from there" if step else "nothing was to save yet"
+        progress(f"stopped by {request.signal.name} after step {step}/{steps}: {kept}")
+        raise
+    if trainer.is_world_process_zero():
+        _clear(checkpoints)
+    progress(f"done: {result['steps']} steps in {result['train_seconds']:.0f} s")
+    return result
+
+
+def _note_early_stop(settings: RunSettings, trainer: LabelTokenTrainer, notes: list[str]) -> None:
     if settings.early_stopping and trainer.state.global_step < trainer.state.max_steps:
         notes.append(
             f"stopped early after step {trainer.state.global_step} of {trainer.state.max_steps}: no lower validation "
             f"loss in {settings.early_stopping.patience} evaluations"
         )
-    final_loss = _final_evaluation(trainer, notes)
 
-    tell(state="saving")
-    base.config.use_cache = use_cache
-    result = _summary(settings, trainer, final_loss, checkpoint, notes + trainer.notes)
-    _write_weights(settings, trainer, model, output)
-    if trainer.is_world_process_zero():
-        write_history(history, history_rows(trainer.state.log_history))
-        write_json(summary, result)
-        _clear(checkpoints)
-    progress(f"done: {result['steps']} steps in {result['train_seconds']:.0f} s")
-    return result
+
+def _stop_if_asked(trainer: LabelTokenTrainer) -> None:
+    if trainer.is_asked_to_stop():
+        trainer.stop_here()
 
 
 def training_arguments(
@@ -317,6 +340,13 @@ def _final_evaluation(trainer: LabelTokenTrainer, notes: list[str]) -> float | N
     """Return the validation loss of the weights that are saved; as the history's last row unless it is there."""
     if trainer.eval_dataset is None:
         return None
+    try:
+        return _final_loss(trainer, notes)
+    except EvaluationLeft:
+        trainer.stop_here()
+
+
+def _final_loss(trainer: LabelTokenTrainer, notes: list[str]) -> float:
     if trainer.args.load_best_model_at_end and trainer.state.best_global_step not in (None, trainer.state.global_step):
         # Another step's weights: not a row of the history's end.
         notes.append(f"the weights are those of step {trainer.state.best_global_step}, the best by validation loss")

@@ -10,29 +10,35 @@ Schedulers, optimisers, checkpoints, trackers and launchers are the Trainer's ow
   tokens, seconds and peak memory.
 - The validation loss is the sum of all losses over all label tokens, never a mean of batch means.
 - A step whose loss or gradient is NaN or infinite stops the run.
+- Asked to end (:mod:`finegrid.training.stopping`), the processes agree on a step, save a checkpoint at its end and
+  leave. An evaluation doesn't hold them up: one that is due there, or is going on, is made when the run goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from finegrid.files import whole
 from finegrid.training.collation import Collator, first_rows
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore_signals
 
 COUNTERS_FILE = "finegrid_counters.json"
 
@@ -47,6 +53,7 @@ class Counters:
     seconds: float = 0.0
     logged_label_tokens: int = 0
     logged_loss_sum: float = 0.0
+    due: list[str] = field(default_factory=list)  # of "evaluate" and "save": what the step's end still lacks
 
     @classmethod
     def read(cls, checkpoint: str | Path | None) -> Counters:
@@ -72,6 +79,10 @@ class Counters:
         return loss
 
 
+class EvaluationLeft(Exception):
+    """The processes were asked to end in the middle of an evaluation."""
+
+
 class LabelTokenTrainer(Trainer):
     """See the module. Batches are those of :class:`finegrid.training.collation.Collator`.
 
@@ -79,9 +90,12 @@ class LabelTokenTrainer(Trainer):
         counters: what was seen so far.
         last_loss: mean over the label tokens of the last optimiser step; None before the first.
         notes: sentences for the run's summary.
+        stop: who knows whether this process was asked to end.
 
     Raises:
         UserError: from ``train`` and ``evaluate``, when a loss or a gradient is no finite number.
+        Stopped: from ``train``, when the process was asked to end and the checkpoint is written.
+        EvaluationLeft: from ``evaluate`` and ``validation_loss`` outside of ``train``, for the same reason.
     """
 
     # The loss is already normalised over the window: the Trainer must not divide it by the accumulation steps.
@@ -106,6 +120,10 @@ class LabelTokenTrainer(Trainer):
         )
         self.counters = Counters()
         self.notes: list[str] = []
+        self.stop = Stop()
+        self._stops = False  # as the processes agreed in the step
+        self._step_closed = 0
+        self._saved_step: int | None = None
         self.head: torch.nn.Module | None = None
         if args.torch_compile:
             self.notes.append("all logits are computed: torch_compile")
@@ -146,7 +164,9 @@ class LabelTokenTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of the next window and its label tokens."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # An epoch's first batches start the processes that load them.
+        with held_back() if self.args.dataloader_num_workers else contextlib.nullcontext():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and batches:
             batches[-1] = self._without_repeated(batches[-1])
         return batches, self._get_num_items_in_batch(batches, device)
@@ -189,9 +209,10 @@ class LabelTokenTrainer(Trainer):
         label_tokens = sum(batch["targets"].numel() for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
         if self.args.world_size > 1:
-            bad = int(not losses.isfinite().all())
-            counts = self.accelerator.reduce(torch.tensor([label_tokens, tokens, bad], device=losses.device), "sum")
-            label_tokens, tokens, bad = counts.tolist()
+            bad, asked = int(not losses.isfinite().all()), int(self.stop.asked is not None)
+            counts = torch.tensor([label_tokens, tokens, bad, asked], device=losses.device)
+            label_tokens, tokens, bad, asked = self.accelerator.reduce(counts, "sum").tolist()
+            self._stops = asked > 0
             if bad:  # all processes stop, with the rows of the one that met it
                 self._check_everywhere(losses.tolist(), [batch["ids"] for batch in batches])
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=losses.device).reshape(1)
@@ -240,6 +261,8 @@ class LabelTokenTrainer(Trainer):
             for number in range(
                 self.args.process_index, _round_up(len(batches), self.args.world_size), self.args.world_size
             ):
+                if self.is_asked_to_stop():
+                    raise EvaluationLeft
                 batch = self._prepare_inputs(self.data_collator(_rows(rows, batches[min(number, len(batches) - 1)])))
                 logits, _ = label_logits(model, self.head, batch)
                 if number < len(batches):
@@ -285,26 +308,121 @@ class LabelTokenTrainer(Trainer):
     def _inner_training_loop(self, *args, resume_from_checkpoint=None, **options):
         # Also after auto_find_batch_size gave up a larger batch: that run starts anew.
         self.counters = Counters.read(resume_from_checkpoint)
-        self._clock, self._losses, self._batches = None, [], []
-        result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
+        self._saved_step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else None
+        self._clock, self._losses, self._batches, self._step_closed = None, [], [], 0
+        try:
+            result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
+        except EvaluationLeft:  # that of the untrained model
+            self.stop_here()
         self._stop_clock()
         return result
 
     def _run_epoch(self, *args, **options):
+        self._finish_step()
         # The Trainer makes one step too many when it resumes from the last step's checkpoint, or from an early stop's.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
 
+    def _finalize_training(self, *args, **options):
+        self._finish_step()  # where no epoch was left
+        return super()._finalize_training(*args, **options)
+
     def _save_checkpoint(self, model, trial) -> None:
-        # The counters first: a checkpoint counts as complete once the Trainer has written its own state.
         self._stop_clock()
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._saved_step == self.state.global_step:
+            self._save_state(folder)
+            return
+        # The counters first: a checkpoint counts as complete once the Trainer has written its own state.
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.counters.write(folder)
         super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
         self._clock = time.monotonic()
+
+    def _save_state(self, folder: Path) -> None:
+        """Write what an evaluation has changed into a checkpoint that was written before it."""
+        if not self.args.should_save:
+            return
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder)
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                self.state.stateful_callbacks[type(part).__name__] = part.state()
+        with whole(folder / "trainer_state.json") as half:
+            self.state.save_to_json(str(half))
+
+    # ---------------------------------------------------------------- asked to end
+
+    def is_asked_to_stop(self) -> bool:
+        """Return whether any of the processes was asked to end; to be called by all of them."""
+        asked = torch.tensor(int(self.stop.asked is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            asked = self.accelerator.reduce(asked, "sum")
+        return bool(asked)
+
+    def stop_here(self, *due: str) -> NoReturn:
+        """Save a checkpoint, unless that of this step is there, and end the training; to be called by all processes.
+
+        Args:
+            due: what the step's end still lacks, see :class:`Counters`.
+
+        Raises:
+            Stopped: always.
+        """
+        self.stop.no_hurry()
+        is_best = self.args.load_best_model_at_end and not self.is_in_train  # and no longer the last step's weights
+        if self.state.global_step and self._saved_step != self.state.global_step and not is_best:
+            self.counters.due = list(due)
+            self.control.should_evaluate = self.control.should_save = self.control.should_log = False
+            self.args.save_only_model = False  # it is there to go on from
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()  # the first that ends has the others ended
+        raise Stopped(self.stop.asked or SIGNALS[0])
+
+    def _maybe_log_save_evaluate(self, *args, **options) -> None:
+        """Log, evaluate and save what is due at the end of a step, or stop there."""
+        is_step = self._step_closed != self.state.global_step  # else it is the epoch's end
+        self._step_closed = self.state.global_step
+        if is_step and (self._stops if self.args.world_size > 1 else self.stop.asked is not None):
+            if self.control.should_training_stop or float(self.state.epoch).is_integer():
+                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            due = self._due()
+            self.control.should_evaluate = self.control.should_save = False
+            super()._maybe_log_save_evaluate(*args, **options)
+            self.stop_here(*due)
+        due = self._due()
+        try:
+            super()._maybe_log_save_evaluate(*args, **options)
+        except EvaluationLeft:
+            self.stop_here(*due)
+
+    def _due(self) -> list[str]:
+        return [name for name in ("evaluate", "save") if getattr(self.control, f"should_{name}")]
+
+    def _finish_step(self) -> None:
+        """Make up for what the step lacked that the checkpoint was saved at."""
+        due, self.counters.due = self.counters.due, []
+        if "evaluate" not in due or any(
+            "eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history
+        ):
+            return
+        self.control.should_log, self.control.should_evaluate = False, True
+        self.control.should_save = "save" in due
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
+        )
+        self.control.should_evaluate = self.control.should_save = False
+
+    def _get_dataloader(self, *args, **options):
+        loader = super()._get_dataloader(*args, **options)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = functools.partial(ignore_signals, loader.worker_init_fn)
+        return loader
 
     def _stop_clock(self, go_on: bool = False) -> None:
         """Add the time since the clock was started; evaluations and checkpoints are no training time."""
