@@ -198,11 +198,16 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
         starts_workers = worker is None and launch.is_needed(the_run.settings)
         is_first = worker is None or worker.rank == 0
         checkpoints = scratch / the_study.name / run
-        state = checkpoints / "state.json"
+        results, state = layout.RESULTS / the_study.name, checkpoints / "state.json"
+        trained_before = _finished(results, run)
         with (
             Stop() as stop,
+            _only_one(is_first and not _has_launcher(worker), scratch / the_study.name, run, progress) as waited,
             live_state(state, run, log, writes=is_first, is_launcher=starts_workers, stop=stop) as tell,
         ):
+            if waited and _is_trained(the_study, the_run, trained_before):
+                progress("the other process has trained it")
+                return
             if starts_workers:
                 os.environ["FINEGRID_SCRATCH"] = str(scratch)
                 command = ["train", study, run, *(["--log", str(log)] if log else [])]
@@ -210,7 +215,6 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 return
             from finegrid.training.train import train
 
-            results = layout.RESULTS / the_study.name
             train(
                 the_run.settings,
                 tokens=layout.tokens_folder(the_run),
@@ -453,28 +457,78 @@ def _find_data(study: str | None, data: str) -> Run:
     return _find(study, lambda run: layout.clean_folder(run).name == data, f"data set '{data}'")
 
 
-def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
-    from finegrid import provenance
+def _has_launcher(worker: launch.Worker | None) -> bool:
+    return worker is not None and worker.folder is not None
+
+
+@contextlib.contextmanager
+def _only_one(is_needed: bool, folder: Path, run: str, say: Progress) -> Iterator[bool]:
+    """Keep other processes from training the run while the block runs; say whether one had to be waited for."""
+    if not is_needed:
+        yield False
+        return
+    from finegrid.training.lock import RunLock
+
+    with RunLock(folder, run, say) as lock:
+        yield lock.waited
+
+
+def _finished(results: Path, run: str) -> int | None:
+    """Return when a run's last file was written, or None."""
+    try:
+        return (results / "provenance" / f"{run}.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _is_trained(study: Study, run: Run, before: int | None) -> bool:
+    """Return whether another process has trained the run meanwhile, from the same settings, code, data and model."""
+    from finegrid.fingerprint import file_hash
+
+    results = layout.RESULTS / study.name
+    if _finished(results, run.id) in (None, before) or not layout.weights_folder(study.name, run).exists():
+        return False
+    made = json.loads((results / "provenance" / f"{run.id}.json").read_text())
+    hashes = {name: file_hash(path) for name, path in _training_inputs(run).items() if path.is_file()}
+    facts = _training_facts(run)
+    same = all(made["inputs"][name]["sha256"] == value for name, value in hashes.items())
+    return same and all(made[name] == value for name, value in facts.items())
+
+
+def _training_inputs(run: Run) -> dict[str, Path]:
+    tokens = layout.tokens_folder(run)
+    inputs = {
+        "model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json",
+        "report": tokens / "report.json",
+    }
+    return inputs | {split: tokens / f"{split}.arrow" for split in ("train", "validation", "test")}
+
+
+def _training_facts(run: Run) -> dict[str, str]:
     from finegrid.fingerprint import code_fingerprint, short_hash
 
+    return {
+        "settings_hash": short_hash(run.settings.canonical()),
+        "code": code_fingerprint("finegrid.training.train"),
+    }
+
+
+def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
+    from finegrid import provenance
+
     summary = json.loads((layout.RESULTS / study.name / "training" / f"{run.id}.json").read_text())
-    manifest = layout.MODELS / f"{layout.model_name(run.settings.model)}.json"
-    tokens = layout.tokens_folder(run)
-    inputs = {"model": manifest, "report": tokens / "report.json"}
-    inputs |= {split: tokens / f"{split}.arrow" for split in ("train", "validation", "test")}
     provenance.write(
         output,
         Path.cwd(),
-        inputs=inputs,
+        inputs=_training_inputs(run),
         study=study.name,
         run=run.id,
-        settings_hash=short_hash(run.settings.canonical()),
         data=f"{run.dataset}-{run.data_id}",
         model=run.settings.model.model_name_or_path,
-        code=code_fingerprint("finegrid.training.train"),
         device=summary["device"],
         seed=run.seed,
         command=_command(),
+        **_training_facts(run),
     )
 
 
