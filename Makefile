@@ -1,6 +1,7 @@
 # Finegrid's commands. Each makes .venv from the lock by itself; nothing else is to be set up.
 #
 #   make demo      the demo study, from raw data to the report (STUDY=name: another; CORES, MEMORY_MB: what it may use)
+#   make orphans   what a killed snakemake left running: keep or end it, then unlock (STUDY=name)
 #   make test      all tests
 #   make lint      ruff, snakefmt, snakemake --lint
 #   make setup     only the environment (then: source .venv/bin/activate)
@@ -16,12 +17,15 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint setup lock
+.PHONY: demo orphans test lint setup lock
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo.done
 	snakemake --cores $(CORES) --resources mem_mb=$(MEMORY_MB) --config study=$(STUDY) -- report
 	finegrid check $(STUDY)
+
+orphans: .venv/base.done
+	@finegrid orphans $(STUDY)
 
 test: .venv/demo.done .venv/test.done
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(CORES) --dist loadfile

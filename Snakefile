@@ -23,6 +23,14 @@ include: "workflow/rules/publication.smk"
 
 plan_of(config["study"])  # a mistake in the study is told now
 
+if workflow.is_main_process:
+    controllers.tell_of_others(config["study"], sys.argv)
+
+
+onstart:
+    if workflow.is_main_process:
+        controllers.begin(config["study"])
+
 
 report: "workflow/report/workflow.rst"
 

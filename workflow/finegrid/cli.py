@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -283,6 +284,56 @@ def watch(
     sight = watch(Watcher(name, Path.cwd(), scratch or Path(settings.get("scratch", "scratch"))), interval, once)
     if sight.is_over and sight.count("failed"):
         raise SystemExit(1)
+
+
+@app.command()
+def orphans(
+    study: Annotated[
+        str | None, typer.Argument(help="Study; default: that of config.yaml.", show_default=False)
+    ] = None,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Keep what still runs, and unlock.")] = False,
+    end: Annotated[bool, typer.Option("--end", help="End what still runs, and unlock.")] = False,
+) -> None:
+    """Show what a killed snakemake left running, keep or end it, and unlock the study.
+
+    What is kept goes on: Slurm's jobs are taken over by the next snakemake, and its trainings wait for those of this
+    machine. What is ended saves a checkpoint first.
+    """
+    from finegrid import controllers
+    from finegrid.watch import project_settings
+
+    name = study or os.environ.get("FINEGRID_STUDY") or project_settings(Path.cwd()).get("study", "")
+    where = {True: "is alive: let it end first", False: "is on another machine: run this command there"}
+    living = [
+        f"study {record['study']}: {controllers.describe(record)}, {where[record['node'] == socket.gethostname()]}"
+        for record in controllers.alive()
+    ]
+    if living:
+        raise UserError(*living)
+    for record in controllers.others(name):
+        print(f"killed: {controllers.describe(record)}")
+    found = controllers.orphans(name)
+    for each in found:
+        print(f"  {each}")
+    if not found:
+        print(f"Nothing runs for study {name} without a snakemake that waits for it.")
+    elif not (adopt or end):
+        if not sys.stdin.isatty():
+            raise UserError("orphans: nobody to ask; expected --adopt (keep them) or --end")
+        answer = input("Keep them, and let the next snakemake go on with them, or end them? [keep/end/nothing] ")
+        adopt, end = answer.strip().lower() in ("k", "keep"), answer.strip().lower() in ("e", "end")
+        if not (adopt or end):
+            return
+    if end:
+        controllers.end(found, print)
+        left = controllers.orphans(name)
+        if left:
+            raise UserError(*(f"{each}: does not end; nothing was unlocked" for each in left))
+    elif found:
+        controllers.wait_for_stages(found, print)
+    if not controllers.unlock(name):
+        raise SystemExit(1)
+    print(f"Unlocked. `snakemake --config study={name}` goes on.")
 
 
 # ---------------------------------------------------------------- analysis and publication

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from finegrid import layout
+from finegrid import controllers, layout
 from finegrid.errors import UserError
 from finegrid.figures import FIGURES, PLAN_FIGURES
 from finegrid.fingerprint import code_fingerprint, file_hash
