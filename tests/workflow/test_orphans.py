@@ -179,6 +179,7 @@ def test_what_a_killed_snakemake_left_is_shown_kept_or_ended_and_goes_on_to_the_
         resumed = stormy.summary(run)["resumed_from"]
         assert resumed is None if choice == "--adopt" else resumed >= 5
         assert stormy.learned(run) == prepared.learned(run)
+    wait_for(lambda: not stormy.trainings())  # a training gives its lock back before its process has ended
     assert stormy.finegrid("orphans", "tiny").stdout.startswith("Nothing runs for study tiny")
     assert stormy.snakemake("--", *stormy.targets).returncode == 0
 
