@@ -67,8 +67,33 @@ def read_rows(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+# What a study varies twice in the same way: a job costs seconds, all of them its start.
+LEFT_OUT = {
+    "duplicates": ["duplicates_kept"],
+    "max_answer": ["answer_256"],
+    "fraction": [0.25],
+    "scheduler": ["constant_with_warmup"],
+    "warmup": ["warmup_10"],
+    "batch": ["batch_2x16"],
+    "weight_decay": [0],
+    "optimiser": ["adafactor"],
+    "length": ["four_epochs"],
+    "sharding": ["zero3"],
+    "method": ["lora_r64", "lora_qv"],
+}
+
+
+def drop_level(factor: dict, level: str | float) -> None:
+    """Remove a level from a factor, which has named bundles, or a key with a list or a mapping of values."""
+    levels = factor.get("levels", factor)
+    if isinstance(levels, list):
+        levels.remove(level)
+    else:
+        del levels[level]
+
+
 def reduce(study: dict) -> dict:
-    """Return a study as it is shipped, for the tiny model on the CPU, with one seed and few steps."""
+    """Return a study as it is shipped, for the tiny model on the CPU, with one seed, few steps and fewer levels."""
     settings = study["settings"]
     study["model"] = {"model_name_or_path": "data/models/tiny"}
     study["seeds"] = [0]
@@ -79,9 +104,9 @@ def reduce(study: dict) -> dict:
         for level in factor.values() if "key" not in factor else ():
             if "training_args.max_steps" in level:
                 level["training_args.max_steps"] = 3
-    if "fraction" in study["factors"]:  # two points of a curve do
-        study["factors"]["fraction"]["levels"] = [1.0, 0.5]
-        del study["factors"]["max_answer"]["answer_256"]
+    for factor, levels in LEFT_OUT.items():
+        for level in levels if factor in study["factors"] else ():
+            drop_level(study["factors"][factor], level)
     if "include" in study:  # one pair of scheduler and warmup
         del study["include"][1:]
     for factor in study.get("tune", {}).values():
@@ -149,7 +174,7 @@ def test_the_data_strategy_runs_to_its_report(fresh, insuranceqa_dir):
     }
     rows = {level: report["rows"] for level, report in reports.items()}
     assert rows["text_mended"] == 46  # without the repeated and the leaked row
-    assert rows["duplicates_kept"] == rows["leaks_kept"] == 47
+    assert rows["leaks_kept"] == 47
     assert rows["near_duplicates_removed"] == 45
     assert rows["0.5"] == 23
     assert reports["text_mended"]["truncated_answers"] == 1
@@ -162,7 +187,6 @@ def test_the_optimisation_strategy_runs_to_its_report(fresh, insuranceqa_dir):
     loss = losses(study, results)
     baseline = loss[study.compare.baseline]
     assert loss["batch_4x8"] == pytest.approx(baseline, rel=1e-4)
-    assert loss["batch_2x16"] == pytest.approx(baseline, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -170,7 +194,7 @@ def test_the_training_strategy_runs_to_its_report(fresh, insuranceqa_dir):
     study, results = run_reduced(fresh, insuranceqa_dir, "training_strategy")
     loss = losses(study, results)
     baseline = loss[study.compare.baseline]
-    for level in ("one_gpu", "zero2", "zero3", "zero3_offload", "activations_recomputed"):
+    for level in ("one_gpu", "zero2", "zero3_offload", "activations_recomputed"):
         assert loss[level] == pytest.approx(baseline, rel=1e-4), level
 
 
