@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -35,6 +36,8 @@ def make_results(
     examples: int = 48,
     *,
     levels: int = 2,
+    factors: dict[str, list[str]] | None = None,
+    one_at_a_time: bool = False,
     effects: dict[str, float] | None = None,
     diverged: str | None = None,
     chinese: bool = False,
@@ -47,50 +50,90 @@ def make_results(
         seeds: seeds of each arm; every tuned level is trained with each.
         examples: rows of the test split; validation has as many.
         levels: learning rates tried in each arm (tuned factor `learning_rate`); 0 for none.
+        factors: factor -> levels of a study whose arms are all LoRA, in place of `arms`: the grid of the levels, or
+            with `one_at_a_time` the first level of each and then every other level alone.
         effects: rougeL gain by arm, in place of the built-in one (equal gains make an A/A study).
         diverged: arm whose first run breaks off with a loss that is not finite.
         chinese: labels and answers in Chinese, to see that fonts render.
     """
     study = folder / "results" / "synthetic"
     rng = np.random.default_rng(rng_seed)
-    plan = _plan(arms, list(range(seeds)), levels, chinese)
+    arm_rows = _factor_arms(factors, one_at_a_time) if factors else _method_arms(arms, chinese)
+    plan = _plan(arm_rows, list(range(seeds)), levels, chinese)
+    arms_factors = {arm["arm"]: arm["factors"] for arm in plan["arms"]}
+    gains = {row["arm"]: row["gain"] for row in arm_rows} | (effects or {})
     _json(study / "plan.json", plan)
-    _table(study / "plan.tsv", [{k: v for k, v in run.items() if k != "tuned"} for run in plan["runs"]])
+    _table(
+        study / "plan.tsv",
+        [{k: v for k, v in run.items() if k not in ("tuned", "memory", "device")} for run in plan["runs"]],
+    )
     _json(study / "data" / f"{TOKENS}.json", _token_report(rng))
     difficulty = {split: rng.normal(0, 1, examples) for split in ("test", "validation")}
     for run in _unique(plan["runs"]):
-        _write_run(study, run, difficulty, effects or {}, diverged, chinese, rng)
+        _write_run(study, run, arms_factors[run["arm"]], difficulty, gains, diverged, chinese, rng)
     _write_comparison(study, plan)
     return study
 
 
-def _plan(arms: int, seeds: list[int], levels: int, chinese: bool) -> dict:
+def _method_arms(arms: int, chinese: bool) -> list[dict]:
+    """Full, LoRA, QLoRA, then LoRA at other ranks."""
+    rows = []
+    for index in range(arms):
+        method = list(METHODS)[index] if index < 3 else "lora"
+        rank = 8 if index < 3 else 2 * index + 4
+        label = METHODS[method][0] if index < 3 else f"LoRA, rank {rank}"
+        if chinese:
+            label = {"full": "全参数微调", "lora": "低秩适配", "qlora": "量化低秩适配"}[method] + f" {index}"
+        factors = {"method": method} if arms <= 3 else {"method": method, "rank": str(rank)}
+        rows.append({"arm": method if index < 3 else f"lora-r{rank}", "label": label, "factors": factors})
+        rows[-1] |= {"method": method, "gain": METHODS[method][2]}
+    return rows
+
+
+def _factor_arms(factors: dict[str, list[str]], one_at_a_time: bool) -> list[dict]:
+    """Arms named as the study loader names them; each factor's later levels are better, the first factor's most."""
+    first = {factor: levels[0] for factor, levels in factors.items()}
+    combinations = [dict(zip(factors, levels, strict=True)) for levels in itertools.product(*factors.values())]
+    rows = []
+    for combination in combinations:
+        own = {factor: level for factor, level in combination.items() if level != first[factor]}
+        named = own if one_at_a_time else combination
+        if one_at_a_time and len(own) > 1:
+            continue
+        label = {f: f"{f.replace('_', ' ')} {v}" if v[0].isdigit() else v for f, v in named.items()}
+        name = "-".join(f"{f}_{v}" if v[0].isdigit() and one_at_a_time else v for f, v in named.items())
+        shares = [
+            factors[factor].index(level) / max(1, len(factors[factor]) - 1) / 2**place
+            for place, (factor, level) in enumerate(combination.items())
+        ]
+        row = {"arm": name or "baseline", "label": ", ".join(label.values()) or "Baseline", "factors": combination}
+        rows.append(row | {"method": "lora", "gain": METHODS["lora"][2] + 0.03 * sum(shares)})
+    return rows
+
+
+def _plan(arms: list[dict], seeds: list[int], levels: int, chinese: bool) -> dict:
     rates = ["0.0005", "0.001", "0.002", "0.004"][:levels]
     table, runs = [], []
     for name, (label, _, _) in BASES.items():
         run = _run_id("base", name)
         table.append({"arm": name, "label": label, "factors": {}, "base": run})
         runs.append(_planned(run, name, "base", {}, None, run, train=False))
-    for index in range(arms):
-        method = list(METHODS)[index] if index < 3 else "lora"
-        rank = 8 if index < 3 else 2 * index + 4
-        name = method if index < 3 else f"lora-r{rank}"
-        label = METHODS[method][0] if index < 3 else f"LoRA, rank {rank}"
-        if chinese:
-            label = {"full": "全参数微调", "lora": "低秩适配", "qlora": "量化低秩适配"}[method] + f" {index}"
+    for arm in arms:
+        method, name = arm["method"], arm["arm"]
         base = _run_id("base", "base (nf4)" if method == "qlora" else "base")
-        factors = {"method": method} if arms <= 3 else {"method": method, "rank": str(rank)}
-        table.append({"arm": name, "label": label, "factors": factors, "base": base})
+        table.append({"arm": name, "label": arm["label"], "factors": arm["factors"], "base": base})
         for rate in rates or [None]:
             for seed in seeds:
                 tuned = {"learning_rate": rate} if rate else {}
-                runs.append(_planned(_run_id(method, name, rate, seed), name, method, tuned, seed, base, train=True))
+                run = _planned(_run_id(method, name, rate, seed), name, method, tuned, seed, base, train=True)
+                runs.append(run | {"device": "cpu", "memory": _memory(arm)})
     title = "哪种方法回答得最好?" if chinese else "Which method answers insurance questions best?"
     return {
         "study": "synthetic",
         "title": title,
-        "compare": {"baseline": "full", "metric": "rougeL", "margin": 0.01, "select": "loss"},
+        "compare": {"baseline": arms[0]["arm"], "metric": "rougeL", "margin": 0.01, "select": "loss"},
         "seeds": seeds,
+        "tune": {"learning_rate": rates} if rates else {},
         "arms": table,
         "runs": runs,
         "findings": [
@@ -102,6 +145,17 @@ def _plan(arms: int, seeds: list[int], levels: int, chinese: bool) -> dict:
             }
         ],
     }
+
+
+def _memory(arm: dict) -> dict:
+    """The plan's estimate in bytes; training takes some percent more."""
+    total = int(_peak(arm["method"], arm["factors"]) * 2**20 * 0.94)
+    return {"weights": total // 3, "activations": total // 2, "runtime": total // 10, "total": total, "host": 0}
+
+
+def _peak(method: str, factors: dict) -> float:
+    """MB that training takes: more with the rank."""
+    return METHODS[method][3] * (1 + 0.002 * float(factors.get("rank", 8)))
 
 
 def _run_id(method: str, *parts) -> str:
@@ -128,7 +182,7 @@ def _unique(runs: list[dict]) -> list[dict]:
 
 
 def _write_run(
-    study: Path, run: dict, difficulty: dict, effects: dict, diverged: str | None, chinese: bool, rng
+    study: Path, run: dict, factors: dict, difficulty: dict, gains: dict, diverged: str | None, chinese: bool, rng
 ) -> None:
     bad = run["arm"] == diverged and run["seed"] == 0 and run["tuned"].get("learning_rate") in (None, "0.0005")
     level = float(run["tuned"].get("learning_rate", 0.001))
@@ -136,7 +190,8 @@ def _write_run(
     if run["train"]:
         _, gain, quality, memory, seconds, trainable = METHODS[run["method"]]
         base_loss, base_quality = BASES["base (nf4)" if run["method"] == "qlora" else "base"][1:]
-        quality = effects.get(run["arm"], quality)
+        quality, memory = gains.get(run["arm"], quality), _peak(run["method"], factors)
+        trainable = int(trainable * float(factors.get("rank", 8)) / 8) if run["method"] != "full" else trainable
     else:
         base_loss, base_quality = BASES[run["arm"]][1:]
         gain = quality = penalty = 0.0

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import re
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +14,28 @@ import pandas as pd
 import pytest
 from finegrid.analysis.scores import load_plan
 from finegrid.errors import UserError
-from finegrid.figures import cost, learning_rate, lengths, loss_curves, quality, style
+from finegrid.figures import FIGURES as ALL
+from finegrid.figures import (
+    cost,
+    design,
+    effects,
+    fitting,
+    heatmap,
+    lengths,
+    loss_curves,
+    memory,
+    quality,
+    response,
+    schedule,
+    seeds,
+    style,
+)
 from matplotlib.text import Text
 from PIL import Image
 from study_results import make_results
 
-FIGURES = ("loss_curves", "learning_rate", "quality", "cost", "lengths")
+# Of every study; `many` has more of them.
+FIGURES = ("loss_curves", "schedule", "quality", "cost", "lengths", "seeds", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +48,39 @@ def many(tmp_path_factory):
     return make_results(tmp_path_factory.mktemp("many"), arms=40, levels=0, examples=12)
 
 
+@pytest.fixture(scope="module")
+def one_at_a_time(tmp_path_factory):
+    factors = {"text": ["mended", "as it came"], "rank": ["8", "2", "32", "128"], "schedule": ["cosine", "linear"]}
+    folder = tmp_path_factory.mktemp("alone")
+    return make_results(folder, factors=factors, one_at_a_time=True, seeds=3, levels=0, examples=60)
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory):
+    factors = {"rank": ["4", "16", "8"], "target": ["all", "attention"]}
+    return make_results(tmp_path_factory.mktemp("crossed"), factors=factors, levels=0, examples=24)
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """1,008 runs: 84 arms, 4 learning rates, 3 seeds."""
+    factors = {"rank": ["2", "4", "8", "16", "32", "64", "128"], "target": ["all", "attention", "query and value"]}
+    factors["schedule"] = ["cosine", "linear", "constant", "polynomial"]
+    return make_results(tmp_path_factory.mktemp("thousand"), factors=factors, seeds=3, levels=4, examples=3)
+
+
 @pytest.fixture(autouse=True)
 def closed():
     yield
     plt.close("all")
+
+
+def plan_of(study):
+    return json.loads((study / "plan.json").read_text("utf-8"))
+
+
+def title(figure):
+    return figure.get_suptitle().replace("\n", " ")
 
 
 def module(name):
@@ -90,6 +136,34 @@ def test_forty_arms_stay_readable(many, name):
         assert trained <= set(table["arm"])
 
 
+def test_a_study_has_the_figures_that_fit_its_factors(study, one_at_a_time, crossed):
+    always = {"quality", "loss_curves", "cost", "schedule", "memory", "lengths", "grid"}
+    assert set(fitting(plan_of(study))) == always | {"response", "seeds"}  # one factor, a tuned learning rate
+    assert set(fitting(plan_of(one_at_a_time))) == always | {"effects", "response", "seeds"}  # rank is a number
+    assert set(fitting(plan_of(crossed))) == always | {"effects", "heatmap", "response", "seeds"}
+    plain = plan_of(study) | {"tune": {}, "seeds": [0]}
+    assert set(fitting(plain)) == always
+    assert list(fitting(plan_of(crossed))) == [name for name in ALL if name in fitting(plan_of(crossed))]
+
+
+@pytest.mark.parametrize("kind", ["one_at_a_time", "crossed"])
+def test_figures_of_factors_can_be_read(request, kind):
+    study = request.getfixturevalue(kind)
+    for name in {"effects", "heatmap", "response"} & set(fitting(plan_of(study))):
+        assert_readable(module(name).plot(study)[0])
+
+
+def test_a_thousand_runs_stay_readable_and_are_drawn_in_seconds(thousand):
+    assert len(plan_of(thousand)["runs"]) == 1010
+    for name in fitting(plan_of(thousand)):
+        began = time.process_time()
+        figure, table = module(name).plot(thousand)
+        assert_readable(figure)
+        assert figure.get_figheight() < 10.5
+        assert len(table)
+        assert time.process_time() - began < 10
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_long_names_stay_readable(tmp_path, name):
     study = make_results(tmp_path, levels=0, examples=12)
@@ -125,7 +199,7 @@ def test_an_arm_has_one_colour_in_all_figures_whatever_the_results(study, many):
     colours = style.arm_colours(load_plan(study / "plan.json"))
     assert len(set(colours.values())) == len(colours) == 5
     drawn = {}
-    for name in ("loss_curves", "learning_rate", "cost"):
+    for name in ("loss_curves", "schedule", "cost", "response"):
         figure, _ = module(name).plot(study)
         handles = figure.legends[0].legend_handles
         drawn[name] = {handle.get_label(): handle.get_color() for handle in handles}
@@ -169,7 +243,7 @@ def test_learning_rates_of_different_size_get_panels_that_show_each(tmp_path):
         history = pd.read_csv(path)
         history["learning_rate"] /= 20
         history.to_csv(path, index=False)
-    figure, table = learning_rate.plot(study)
+    figure, table = schedule.plot(study)
     assert_readable(figure)
     assert len(figure.axes) == 2
     assert [axes.get_ylim()[1] for axes in figure.axes] == pytest.approx([1.08e-3, 5.4e-5])
@@ -217,9 +291,172 @@ def test_cost_starts_at_nothing_and_draws_each_arm_at_its_cost(study):
     summary = json.loads(next((study / "training").glob("full-*.json")).read_text("utf-8"))
     full = table.set_index("arm").loc["full"]
     assert full["peak_memory_gib"] == pytest.approx(summary["peak_memory_mb"] / 1024, rel=0.05)
-    assert [axes.get_xlim()[0] for axes in figure.axes] == [0, 0]
-    assert figure.axes[0].get_xlim()[1] > table["peak_memory_gib"].max()
+    parameters, memory, minutes = figure.axes
+    assert parameters.get_xscale() == "log"  # full fine-tuning trains 55 times as many
+    assert memory.get_xlim()[0] == minutes.get_xlim()[0] == 0
+    assert memory.get_xlim()[1] > table["peak_memory_gib"].max()
     assert table.set_index("arm").loc["base", ["peak_memory_gib", "train_minutes"]].isna().all()
+
+
+def test_the_pareto_front_has_the_arms_that_no_other_beats_at_no_more_cost(tmp_path):
+    # By memory: QLoRA needs least, LoRA is better and needs more, full fine-tuning needs most and is no better.
+    study = make_results(tmp_path, levels=0, examples=24, effects={"full": 0.02, "lora": 0.08, "qlora": 0.0})
+    table = cost.plot(study)[1].set_index("arm")
+    for column in ("peak_memory_gib", "train_minutes", "trainable_millions"):
+        known = table[table[column].notna()]
+        front = {
+            arm
+            for arm, own in known.iterrows()
+            if not any(
+                (other["mean"] >= own["mean"]) & (other[column] <= own[column])
+                and ((other["mean"] > own["mean"]) | (other[column] < own[column]))
+                for _, other in known.iterrows()
+            )
+        }
+        assert set(table.index[table[f"front_{column}"]]) == front
+    assert set(table.index[table["front_peak_memory_gib"]]) == {"lora", "qlora"}
+    assert title(cost.plot(study)[0]).endswith("QLoRA (nf4) needs less memory")
+
+
+def test_one_at_a_time_effects_are_the_comparisons_with_the_baseline(one_at_a_time):
+    figure, table = effects.plot(one_at_a_time)
+    compared = pd.read_csv(one_at_a_time / "comparison/comparisons.tsv", sep="\t")
+    compared = compared[compared["metric"] == "rougeL"].set_index("arm")
+    assert len(table) == 5
+    for row in table.to_dict("records"):
+        assert row["difference"] == compared.loc[row["arm"], "difference"]
+        assert row["verdict"] == compared.loc[row["arm"], "verdict"]
+    words = [text for text, _ in texts(figure)]
+    assert words.index("text, from mended") < words.index("to as it came")  # the largest effect comes first
+    assert "rank, from 8" in words
+
+
+def test_effects_of_a_grid_are_means_over_pairs_that_differ_in_one_factor(crossed):
+    figure, table = effects.plot(crossed)
+    arms = pd.read_csv(crossed / "comparison/arms.tsv", sep="\t", dtype={"rank": str}).set_index(["rank", "target"])[
+        "rougeL"
+    ]
+    wide = table[(table["factor"] == "rank") & (table["level"] == "16")]
+    expected = [arms["16", target] - arms["4", target] for target in ("all", "attention")]
+    assert sorted(wide["difference"]) == pytest.approx(sorted(expected))
+    narrow = table[table["factor"] == "target"]
+    assert len(narrow) == 3
+    drawn = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert float(np.mean(expected)) in [pytest.approx(value) for value in drawn]
+
+
+def test_contrasts_leave_out_arms_that_differ_in_two_factors():
+    arms = {"a": {"x": "1", "y": "p"}, "b": {"x": "2", "y": "p"}, "c": {"x": "2", "y": "q"}, "d": {"x": "3"}}
+    assert design.contrasts(arms, "a") == {"x": {"2": [("b", "a")]}, "y": {"q": [("c", "b")]}}
+
+
+def test_heat_map_has_a_cell_for_each_arm_numbers_in_order(crossed):
+    figure, table = heatmap.plot(crossed)
+    panel = figure.axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["4", "8", "16"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["all", "attention"]
+    shown = panel.images[0].get_array()
+    means = table.set_index(["target", "rank"])["mean"]
+    for down, target in enumerate(["all", "attention"]):
+        for across, rank in enumerate(["4", "8", "16"]):
+            assert shown[down, across] == means[target, rank]
+    best = table.loc[table["mean"].idxmax()]
+    assert title(figure).startswith(f"Highest mean ROUGE-L: {best['target']}, rank {best['rank']}")
+
+
+def test_a_cell_of_a_heat_map_says_its_verdict(tmp_path):
+    study = make_results(tmp_path, factors={"rank": ["4", "8"], "target": ["all", "some"]}, levels=0, examples=12)
+    path = study / "comparison/comparisons.tsv"
+    table = pd.read_csv(path, sep="\t")
+    table.loc[(table["arm"] == "8-some") & (table["metric"] == "rougeL"), "verdict"] = "better"
+    table.to_csv(path, sep="\t", index=False)
+    figure, _ = heatmap.plot(study)
+    signs = [text for text, _ in texts(figure) if "▲" in text]
+    assert len(signs) == 1
+    assert title(figure).endswith("better than the baseline")
+
+
+def test_response_shows_what_levels_were_chosen_by_and_flags_the_edge(tmp_path):
+    study = make_results(tmp_path, levels=3, examples=24)
+    figure, table = response.plot(study)
+    selected = json.loads((study / "comparison/comparison.json").read_text("utf-8"))["selected"]
+    means = table[table["seed"].isna()]
+    for arm in ("full", "lora", "qlora"):
+        rows = means[means["arm"] == arm].set_index("level")
+        tried = {level["tuned"]["learning_rate"]: level["validation"] for level in selected[arm]["levels"]}
+        assert rows["value"].to_dict() == pytest.approx(tried)
+        assert rows.index[rows["best"]].tolist() == [selected[arm]["tuned"]["learning_rate"]]
+    assert not means["edge"].any()  # the best of three is the second
+    assert title(figure).endswith("inside the range that was tried")
+    two = make_results(tmp_path / "edge", levels=2, examples=24)
+    figure, table = response.plot(two)
+    assert table.loc[table["best"] & table["seed"].isna(), "edge"].all()
+    assert "a better one may lie beyond" in title(figure)
+    assert "on the edge of its range" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_response_of_arms_far_apart_is_drawn_from_their_best(tmp_path):
+    study = make_results(tmp_path, levels=3, examples=24)  # nf4 costs the base a fifth of a nat, a level a fiftieth
+    figure, table = response.plot(study)
+    assert "minus that of" in figure.axes[0].get_ylabel().replace("\n", " ")
+    assert table.loc[table["best"] & table["seed"].isna(), "above_best"].tolist() == [0, 0, 0]
+    assert figure.axes[0].get_ylim()[1] < 0.2
+
+
+def test_a_level_that_diverged_has_a_cross_and_is_not_the_best(tmp_path):
+    study = make_results(tmp_path, levels=3, examples=12)
+
+    def diverge(comparison):
+        # Of another level than the one chosen.
+        selected = comparison["selected"]["lora"]
+        level = next(level for level in selected["levels"] if level["tuned"] != selected["tuned"])
+        level.update(validation=None, diverged=level["runs"][:1])
+
+    edit(study / "comparison/comparison.json", diverge)
+    figure, table = response.plot(study)
+    rows = table[(table["arm"] == "lora") & table["seed"].isna()].set_index("level")
+    assert rows["value"].isna().sum() == 1
+    assert rows.loc[rows["value"].isna(), "best"].tolist() == [False]
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert_readable(figure)
+
+
+def test_seed_spread_is_the_pooled_standard_deviation(study):
+    figure, table = seeds.plot(study)
+    pooled = np.sqrt(table.groupby("arm")["value"].var(ddof=1).mean())
+    assert f"±{pooled:.2g}" in " ".join(text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts())
+    assert table.groupby("arm")["deviation"].sum().abs().max() < 1e-12
+
+
+def test_memory_holds_the_plan_against_what_training_took(study):
+    figure, table = memory.plot(study)
+    runs = {run["run"]: run for run in plan_of(study)["runs"]}
+    for row in table.to_dict("records"):
+        summary = json.loads((study / "training" / f"{row['run']}.json").read_text("utf-8"))
+        assert row["measured_gib"] == pytest.approx(summary["peak_memory_mb"] / 1024)
+        assert row["predicted_gib"] == pytest.approx(runs[row["run"]]["memory"]["total"] / 2**30)
+    took = f"{table['ratio'].min():.0%} to {table['ratio'].max():.0%}".replace("%", " %")
+    assert title(figure) == f"12 runs took {took} of the memory that was predicted"
+    assert 1.04 < table["ratio"].min() < table["ratio"].max() < 1.09
+
+
+def test_memory_of_a_gpu_is_held_against_what_torch_allocates(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=8)
+    for path in (study / "training").glob("*.json"):
+        edit(path, lambda summary: summary.update(device="cuda:0"))
+    table = memory.plot(study)[1].set_index("run")
+    for run in plan_of(study)["runs"]:
+        if run["train"]:
+            wanted = (run["memory"]["total"] - run["memory"]["runtime"]) / 2**30
+            assert table.loc[run["run"], "predicted_gib"] == pytest.approx(wanted)
+
+
+def test_memory_says_where_nothing_was_predicted(tmp_path):
+    study = make_results(tmp_path, levels=0, examples=8)
+    edit(study / "plan.json", lambda plan: [run.update(memory=None) for run in plan["runs"]])
+    figure, _ = memory.plot(study)
+    assert title(figure) == "Peak memory by run: none was predicted"
+    assert_readable(figure)
 
 
 def test_lengths_state_the_share_cut_and_draw_the_limits(study):
@@ -263,7 +500,7 @@ def test_several_data_sets_get_a_row_each(tmp_path):
     assert_readable(figure)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "seeds"])
 def test_one_seed_and_one_arm_are_drawn(tmp_path, name):
     study = make_results(tmp_path, arms=1, seeds=1, levels=0, examples=8)
     assert_readable(module(name).plot(study)[0])
@@ -302,3 +539,4 @@ def test_wrapped_lines_have_like_lengths_and_chinese_counts_double():
     assert len(lines) == 2
     assert np.ptp([len(line) for line in lines]) < 8
     assert style.wrapped("微调微调微调", 4) == "微调\n微调\n微调"
+    assert style.wrapped("微调 needs less memory", 14) == "微调 needs\nless memory"

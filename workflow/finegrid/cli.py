@@ -364,13 +364,17 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
     with _stage(f"figure {name}", log):
         import importlib
 
-        from finegrid.figures import FIGURES, PLAN_FIGURES
+        from finegrid.figures import FIGURES, NEEDS, PLAN_FIGURES, fitting
         from finegrid.fingerprint import code_fingerprint
+        from finegrid.plan import plan_settings
 
         if name not in FIGURES:
             raise UserError(f"figure '{name}': no such figure; there are {', '.join(FIGURES)}{nearest(name, FIGURES)}")
         module = f"finegrid.figures.{name}"
         the_study = _study(study)
+        fits = fitting(plan_settings(the_study))
+        if name not in fits:
+            raise UserError(f"figure '{name}': needs {NEEDS[name]}; of {study} there are {', '.join(fits)}")
         results = layout.RESULTS / the_study.name
         importlib.import_module(module).draw(results, results / "figures" / name)
         inputs = {"plan.json": results / "plan.json"} if name in PLAN_FIGURES else _study_inputs(the_study)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finegrid import controllers, layout
 from finegrid.errors import UserError
-from finegrid.figures import FIGURES, PLAN_FIGURES
+from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.plan import (
     Context,
@@ -171,7 +171,7 @@ def results(study, pattern, runs):
 def figure_files(study):
     return [
         f"results/{study}/figures/{name}.{kind}"
-        for name in FIGURES
+        for name in fitting(plan_settings(study_of(study)))
         for kind in ("pdf", "png", "csv", "json")
     ]
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from finegrid.analysis.scores import Arm, Plan, load_plan
-from finegrid.figures import style
+from finegrid.figures import design, style
 
 ROWS = 60  # arms on a page
 ROW, TIGHT_ROW, FEW_ROWS = 0.19, 0.146, 30  # inches; rows are tight when there are more than a few
@@ -213,17 +213,8 @@ def _levels(plan: Plan, table: pd.DataFrame, cost: Cost | None) -> Grid:
 
 
 def _level_names(arm: Arm) -> dict[str, str] | None:
-    """Return what the arm's levels are called in print, factor -> name; None where its label isn't made of them."""
-    if not arm.factors:
-        return {}
-    parts = [arm.label] if len(arm.factors) == 1 else arm.label.split(", ")
-    if len(parts) != len(arm.factors):
-        return None
-    names = {}
-    for factor, part in zip(arm.factors, parts, strict=True):
-        # "learning rate 0.001" under the heading "learning rate" says it twice.
-        names[factor] = part.removeprefix(f"{factor.replace('_', ' ')} ")
-    return names
+    """Return what all the arm's levels are called in print; None where its label isn't made of them."""
+    return design.level_names(arm.label, arm.factors, arm.factors)
 
 
 def _shades(plan: Plan, factors: list[str]) -> dict[tuple[str, str], tuple[float, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,9 @@ from finegrid.figures.style import Study
 
 ROWS = 42  # more arms than fit on a page: the best are shown
 NUMBER = 0.36  # inches: width of a number on an axis
+LETTER = 0.056  # inches: width of a letter
 LETTERS = 26  # of an arm's label in one line
+PAGE = 8.6  # inches: what a page holds of rows
 SEED = {"marker": "o", "markersize": 2.8, "markerfacecolor": "white", "markeredgecolor": "0.15", "markeredgewidth": 0.6}
 SEED["linestyle"] = "none"
 
@@ -32,14 +33,9 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     study = style.load_study(study_dir)
     arms, left_out = _shown(study)
     table = _table(study, arms)
-    labels = [style.wrapped(study.label(arm), LETTERS) for arm in arms]
-    # Rows are equally high: as the label with the most lines needs it.
     title = style.wrapped(f"Difference to {study.label(study.plan.baseline)}", 32)
-    height = (
-        0.6
-        + style.LINE * (title.count("\n") + 1)
-        + len(arms) * (0.20 + 0.13 * max(label.count("\n") for label in labels))
-    )
+    labels, height = _labels(study, arms)
+    height += 0.6 + style.LINE * (title.count("\n") + 1)
     figure, (left, right) = style.start(style.DOUBLE, max(height, 1.4), 1, 2, sharey=True, width_ratios=(1, 1))
     for row, arm in enumerate(arms):
         _estimate(left, table[table["arm"] == arm], row, study)
@@ -55,7 +51,19 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     for panel in (left, right):
         width = panel.get_position().width * figure.get_figwidth()
         panel.xaxis.set_major_locator(MaxNLocator(max(2, int(width / NUMBER)), steps=[1, 2, 5, 10]))
+        panel.set_xlabel(style.wrapped(panel.get_xlabel(), int(width / LETTER)))
     return figure, table
+
+
+def _labels(study: Study, arms: list[str]) -> tuple[list[str], float]:
+    """The arms' labels and the height of all rows in inches: rows are equally high, as the label with the most lines
+    needs it; where a page could not hold that, long labels are cut."""
+    labels = [style.wrapped(study.label(arm), LETTERS) for arm in arms]
+    height = len(arms) * (0.20 + 0.13 * max(label.count("\n") for label in labels))
+    if height > PAGE:
+        labels = [style.cut(study.label(arm), LETTERS + 8) for arm in arms]
+        height = len(arms) * 0.20
+    return labels, height
 
 
 def _shown(study: Study) -> tuple[list[str], str | None]:
@@ -73,7 +81,7 @@ def _shown(study: Study) -> tuple[list[str], str | None]:
 def _table(study: Study, arms: list[str]) -> pd.DataFrame:
     metric = study.plan.metric
     compared = study.comparisons[study.comparisons["metric"] == metric].set_index("arm")
-    seeds = {run.run: run.seed for run in study.plan.runs}
+    seeds = style.seed_values(study, arms)
     rows = []
     for arm in arms:
         estimate = study.arms.loc[arm]
@@ -84,11 +92,8 @@ def _table(study: Study, arms: list[str]) -> pd.DataFrame:
             row |= {"difference": found["difference"], "difference_low": found["low"], "difference_high": found["high"]}
             row |= {"p_adjusted": found["p_adjusted"], "verdict": found["verdict"]}
         rows.append(row)
-        for run in study.runs(arm):
-            if seeds[run] is not None:
-                measured = json.loads((study.folder / "metrics" / f"{run}.json").read_text(encoding="utf-8"))
-                value = measured["splits"][study.comparison["split"]].get(metric)
-                rows.append({"arm": arm, "label": row["label"], "metric": metric, "seed": seeds[run], "mean": value})
+        for seed, value in zip(*(seeds.loc[seeds["arm"] == arm, name] for name in ("seed", "value")), strict=True):
+            rows.append({"arm": arm, "label": row["label"], "metric": metric, "seed": seed, "mean": value})
     columns = ["arm", "label", "metric", "seed", "mean", "low", "high"]
     columns += ["difference", "difference_low", "difference_high", "p_adjusted", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
@@ -123,23 +128,11 @@ def _difference_axis(panel, table: pd.DataFrame, arms: list[str], study: Study) 
     # Verdicts stand where a second axis has its labels: beside the panel, so that no interval runs into them.
     beside = panel.secondary_yaxis("right")
     rows = table[table["seed"].isna()].set_index("arm")
-    beside.set_yticks(range(len(arms)), [_words(rows.loc[arm], study) for arm in arms])
+    beside.set_yticks(range(len(arms)), [style.verdict(rows.loc[arm], study) for arm in arms])
     beside.tick_params(length=0)
     beside.spines["right"].set_visible(False)
     better = "lower is better" if study.plan.metric == "loss" else "higher is better"
     panel.set_xlabel(f"Difference in {style.METRIC_NAMES[study.plan.metric]} ({better})")
-
-
-def _words(arm: pd.Series, study: Study) -> str:
-    """The verdict as printed beside the arm's difference, with the p that decided it."""
-    if arm.name == study.plan.baseline:
-        return "(baseline)"
-    if pd.isna(arm["p_adjusted"]):
-        return "no number: diverged"
-    if arm["verdict"] == "equivalent":
-        return "equivalent"
-    p = "p < 0.001" if arm["p_adjusted"] < 0.001 else f"p = {arm['p_adjusted']:.2g}"
-    return f"{arm['verdict']} ({p})"
 
 
 def _handles(study: Study, table: pd.DataFrame) -> list:
@@ -156,18 +149,14 @@ def _message(study: Study) -> str:
     trained = [arm.arm for arm in study.trained if arm.arm in rows.index]
     name, baseline = style.METRIC_NAMES[study.plan.metric], study.label(study.plan.baseline)
     if not trained:
-        return f"{name[0].upper()}{name[1:]} by arm: no trained arm to compare with {baseline}"
+        return f"{style.capital(name)} by arm: no trained arm to compare with {baseline}"
     words = {"better": "better than", "worse": "worse than", "equivalent": "equivalent to"}
     words["not distinguishable"] = "not distinguishable from"
     phrases = []
     for verdict, phrase in words.items():
         names = [study.label(arm) for arm in trained if rows.loc[arm, "verdict"] == verdict]
         if names:
-            listed = f"{len(names)} arms" if len(names) > 3 else _listed(names)
+            listed = f"{len(names)} arms" if len(names) > 3 else style.listed(names)
             to = baseline if not phrases else "it"
             phrases.append(f"{listed} {'is' if len(names) == 1 else 'are'} {phrase} {to}")
     return f"In {name}, {'; '.join(phrases)}"
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -8,12 +8,13 @@ files of `results/<study>/` that git tracks.
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +31,7 @@ from matplotlib.lines import Line2D
 
 from finegrid.analysis.scores import Arm, Plan, load_plan
 from finegrid.errors import UserError
+from finegrid.figures import design
 from finegrid.files import whole
 
 SINGLE, DOUBLE = 3.3, 6.8  # column widths in inches
@@ -63,6 +65,8 @@ METRIC_NAMES = {
     "chrf": "chrF",
 }
 MARKERS = "osD^vP*X"  # a second sign of an arm beside its colour
+WIDE = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"  # letters between which a line may break
+PARTS = rf"[{WIDE}]\s*|[^\s{WIDE}]+\s*|\s+"
 LINE = 0.165  # inches: height of a line of text
 SIGN = 7  # letters: width of a legend's sign with its spaces
 
@@ -93,6 +97,26 @@ class Study:
         """The arm's name in print."""
         found = next(one for one in self.plan.arms if one.arm == arm)
         return printable(found.label, found.arm)
+
+    @cached_property
+    def level_names(self) -> dict[tuple[str, str], str]:
+        """What levels are called in print, (factor, level) -> name, as the arms' labels have it."""
+        arms = {arm.arm: arm for arm in self.trained}
+        baseline = arms[self.plan.baseline].factors if self.plan.baseline in arms else {}
+        names: dict[tuple[str, str], str] = {}
+        for arm in arms.values():
+            for factor, name in (design.level_names(arm.label, arm.factors, baseline) or {}).items():
+                names.setdefault((factor, arm.factors[factor]), printable(name, arm.factors[factor]))
+        return names
+
+    def level(self, factor: str, level: str | None) -> str:
+        """A level's name in print."""
+        return self.level_names.get((factor, level), design.RECIPE if level is None else level)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the primary metric is one of which less is better."""
+        return self.plan.metric == "loss"
 
     def runs(self, arm: str) -> list[str]:
         """The runs that represent the arm: its chosen tuned level, one run a seed."""
@@ -211,21 +235,27 @@ def message(figure: Figure, text: str) -> None:
 
 
 def wrapped(text: str, letters: int) -> str:
-    """Break text into lines of at most `letters` letters, of like lengths; Chinese ones count double and break
-    anywhere."""
+    """Break text into lines of at most `letters` letters, of like lengths where no letter is Chinese; those count
+    double and break anywhere, other words don't."""
     if not any(_wide(letter) for letter in text):
         needed = len(textwrap.wrap(text, letters))
         even = next(n for n in range(max(1, letters // 3), letters + 1) if len(textwrap.wrap(text, n)) <= needed)
         return textwrap.fill(text, even if needed > 1 else letters)
-    lines, width = [""], 0
-    for letter in text:
-        size = 2 if _wide(letter) else 1
-        if width + size > letters:
+    lines = [""]
+    for part in re.findall(PARTS, text):
+        if cells(lines[-1]) + cells(part.rstrip()) > letters and lines[-1]:
+            lines[-1] = lines[-1].rstrip()
             lines.append("")
-            width = 0
-        lines[-1] += letter
-        width += size
+        lines[-1] += part
     return "\n".join(lines)
+
+
+def cut(text: str, letters: int) -> str:
+    """The text, or as much of it as fits into so many letters with an ellipsis."""
+    if cells(text) <= letters:
+        return text
+    kept = next(end for end in range(len(text), -1, -1) if cells(text[:end]) < letters)
+    return f"{text[:kept].rstrip(' ,;')}…"
 
 
 def cells(text: str) -> int:
@@ -270,12 +300,65 @@ def named_arms(study: Study, order: Callable[[str], float], also: str | None = N
     return named, f"and {len(trained) - len(named)} more arms: see the table"
 
 
-def metric_name(study: Study) -> str:
-    """Axis label of the primary metric, with its unit."""
-    name, split = METRIC_NAMES[study.plan.metric], study.comparison["split"]
-    if study.plan.metric == "loss":
+def metric_name(study: Study, metric: str | None = None, split: str | None = None) -> str:
+    """Axis label of a metric (the primary one if none is named) with its unit."""
+    metric = metric or study.plan.metric
+    name, split = METRIC_NAMES[metric], split or study.comparison["split"]
+    if metric == "loss":
         return f"{split.capitalize()} loss (nats per label token)"
-    return f"{name[0].upper()}{name[1:]} on {split} (0 to 1)" if name != "chrF" else f"chrF on {split} (0 to 1)"
+    return f"{capital(name)} on {split} (0 to 1)"
+
+
+def capital(name: str) -> str:
+    """A metric's name at the start of a sentence; chrF keeps its small letter."""
+    return name if name.startswith("chrF") else f"{name[0].upper()}{name[1:]}"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def verdict(arm: pd.Series, study: Study) -> str:
+    """A verdict as it is printed beside a difference, with the p that decided it; of a row whose name is the arm, or
+    that has a column `arm`."""
+    if arm.get("arm", arm.name) == study.plan.baseline:
+        return "(baseline)"
+    if pd.isna(arm["p_adjusted"]):
+        return "no number: diverged"
+    if arm["verdict"] == "equivalent":
+        return "equivalent"
+    p = "p < 0.001" if arm["p_adjusted"] < 0.001 else f"p = {arm['p_adjusted']:.2g}"
+    return f"{arm['verdict']} ({p})"
+
+
+def seed_values(study: Study, arms: Iterable[str]) -> pd.DataFrame:
+    """The primary metric of the runs that represent the arms: arm, label, run, seed, value; models without a seed are
+    left out."""
+    seeds = {run.run: run.seed for run in study.plan.runs}
+    rows = [
+        {"arm": arm, "label": study.label(arm), "run": run, "seed": seeds[run]}
+        | {"value": measured(study, run, study.comparison["split"], study.plan.metric)}
+        for arm in arms
+        for run in study.runs(arm)
+        if seeds[run] is not None
+    ]
+    table = pd.DataFrame(rows, columns=["arm", "label", "run", "seed", "value"])
+    return table.astype({"seed": "Int64", "value": float})
+
+
+def measured(study: Study, run: str, split: str, metric: str) -> float | None:
+    """A run's value of a metric on a split; None where it was not measured or is no number."""
+    path = study.folder / "metrics" / f"{run}.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected the scores of an evaluated run")
+    return json.loads(path.read_text(encoding="utf-8"))["splits"].get(split, {}).get(metric)
+
+
+def few(names: list[str], many: str) -> str:
+    """Up to three short names as a list, else `many`."""
+    text = listed(names)
+    return text if len(names) <= 3 and cells(text) <= 60 else many
 
 
 def histories(study: Study, arms: Iterable[str]) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 
 from finegrid.analysis.compare import LOWER_IS_BETTER
 from finegrid.analysis.scores import load_plan
-from finegrid.figures import FIGURES
+from finegrid.figures import fitting
 from finegrid.figures.style import arm_colours
 from finegrid.files import write_text
 from finegrid.publication.captions import CAPTIONS
@@ -87,7 +87,7 @@ def write_report(study_dir: Path, output: Path) -> None:
         colours=_colours(study_dir),
         statistics=results.comparison.get("statistics", {}),
         baseline=results.label(results.baseline),
-        figures=_figures(study_dir / "figures"),
+        figures=_figures(study_dir / "figures", fitting(results.plan)),
         examples=examples(results),
         findings=findings(results),
         datasets=data_reports(results),
@@ -318,14 +318,11 @@ def _colours(study_dir: Path) -> dict[str, str]:
     return {arm: to_hex(colour) for arm, colour in arm_colours(load_plan(study_dir / "plan.json")).items()}
 
 
-def _figures(folder: Path) -> list[dict]:
-    """The figures as data URIs: those of every study in their order, then any other."""
-    paths = sorted(
-        folder.glob("*.png"), key=lambda path: (FIGURES.index(path.stem) if path.stem in FIGURES else 99, path.stem)
-    )
+def _figures(folder: Path, names: tuple[str, ...]) -> list[dict]:
+    """The figures that fit the study and were drawn, as data URIs."""
     figures = []
-    for path in paths:
-        title, caption = CAPTIONS.get(path.stem, (path.stem.replace("_", " ").capitalize(), ""))
+    for path in [path for name in names if (path := folder / f"{name}.png").exists()]:
+        title, caption = CAPTIONS[path.stem]
         content = path.read_bytes()
         width, height = struct.unpack(">II", content[16:24])  # of the PNG's first chunk
         data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
