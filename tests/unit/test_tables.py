@@ -114,6 +114,36 @@ def test_an_arm_worse_than_the_baseline_is_never_bold(tmp_path: Path):
     assert "base" not in leaders
 
 
+def test_the_verdict_of_a_pair_decides_before_overlapping_intervals(tmp_path: Path):
+    study = make_results(tmp_path)
+    wide = {"rougeL_low": 0.1, "rougeL_high": 1.0}
+    set_arms(study, {"lora": {"rougeL": 0.9, **wide}, "qlora": {"rougeL": 0.8, **wide}})
+    pair = {"metric": "rougeL", "arm": "qlora", "other": "lora", "verdict": "worse"}
+    path = study / "comparison/pairs.tsv"
+    pd.DataFrame([pair | {"verdict": "not distinguishable"}]).to_csv(path, sep="\t", index=False)
+    assert {"lora", "qlora"} <= load_results(study).leaders["rougeL"]
+
+    pd.DataFrame([pair]).to_csv(
+        path, sep="\t", index=False
+    )  # intervals overlap, but the two differ on the same examples
+
+    leaders = load_results(study).leaders["rougeL"]
+    assert "lora" in leaders
+    assert "qlora" not in leaders
+
+
+def test_a_table_of_more_arms_than_a_page_holds_has_the_best_and_says_so(tmp_path: Path):
+    study = make_results(tmp_path, arms=60, seeds=1, levels=0, examples=4)
+    write_tables(study, tmp_path / "tables")
+
+    latex = (tmp_path / "tables/arms.tex").read_text()
+    first = latex.split(r"\end{table*}")[0]
+    assert first.count("\n{") == 40
+    assert "40 of 62 arms" in first
+    assert len(pd.read_csv(tmp_path / "tables/arms.csv")) == 62
+    assert len((tmp_path / "tables/arms.md").read_text().splitlines()) > 62
+
+
 def test_lower_loss_leads(study: Path):
     results = load_results(study)
 

@@ -89,8 +89,9 @@ PRINTED = {"Method", *PLANNED.values(), *SETTING_NAMES.values()}
 class Results:
     """The git-tracked results of one study.
 
-    `arms` has one row an arm (index: arm; text and number columns of `arms.tsv`), `comparisons` the rows of
-    `comparisons.tsv`; the dicts are by run id (`data`: by token set).
+    `arms` has one row an arm (index: arm; text and number columns of `arms.tsv`), `comparisons` and `pairs` the rows of
+    `comparisons.tsv` and `pairs.tsv`; `advice` is `advice.json` (empty where there is none); the other dicts are by run
+    id (`data`: by token set).
     """
 
     folder: Path
@@ -98,6 +99,8 @@ class Results:
     arms: pd.DataFrame
     comparisons: pd.DataFrame
     comparison: dict
+    pairs: pd.DataFrame
+    advice: dict
     settings: dict[str, dict]
     training: dict[str, dict]
     provenance: dict[str, dict]
@@ -149,10 +152,22 @@ class Results:
     def leaders(self) -> dict[str, set[str]]:
         """Metric -> arms that nothing here sets apart from the best mean: what a table prints in bold.
 
-        Where the best or the other arm is the baseline, the paired verdict decides; for any other pair, or a metric
-        without verdicts, an arm is set apart when the two 95 % intervals do not overlap.
+        The paired verdict of the two arms decides; for a pair or a metric without one, an arm is set apart when the two
+        95 % intervals do not overlap.
         """
         return {metric: _leaders(self, metric) for metric in self.metrics}
+
+    @cached_property
+    def pair_verdicts(self) -> dict[tuple[str, str, str], str]:
+        """`(arm, other, metric)` -> verdict, both ways round; where the verdict of a pair is known from the comparison
+        with the baseline, that one counts, since it is what the tables print."""
+        turned = {"better": "worse", "worse": "better"}
+        found: dict[tuple[str, str, str], str] = {}
+        for row in [*self.pairs.to_dict("records"), *self.comparisons.to_dict("records")]:
+            other = row["other"] if "other" in row else row["baseline"]
+            found[row["arm"], other, row["metric"]] = row["verdict"]
+            found[other, row["arm"], row["metric"]] = turned.get(row["verdict"], row["verdict"])
+        return found
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str], dict]:
@@ -174,6 +189,8 @@ def load_results(study_dir: Path) -> Results:
         arms=_tsv(study_dir / "comparison/arms.tsv").set_index("arm", drop=False),
         comparisons=_tsv(study_dir / "comparison/comparisons.tsv"),
         comparison=_json(study_dir / "comparison/comparison.json"),
+        pairs=_optional_pairs(study_dir / "comparison/pairs.tsv"),
+        advice=_json(advice) if (advice := study_dir / "comparison/advice.json").exists() else {},
         **{name: _folder(study_dir / name) for name in ("settings", "training", "provenance", "data")},
     )
 
@@ -185,10 +202,9 @@ def _leaders(results: Results, metric: str) -> set[str]:
 
 
 def _set_apart(results: Results, arm: str, best: str, metric: str) -> bool:
-    if results.baseline in (arm, best):
-        row = results.difference(best if arm == results.baseline else arm, metric)
-        if row is not None:
-            return row["verdict"] in ("better", "worse")
+    verdict = results.pair_verdicts.get((arm, best, metric))
+    if verdict is not None:
+        return verdict in ("better", "worse")
     row = results.difference(arm, metric)
     if row is not None and row["verdict"] == "worse":
         return True  # than the baseline, whose mean the best one's is not behind
@@ -279,6 +295,10 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _optional_pairs(path: Path) -> pd.DataFrame:
+    return _tsv(path) if path.exists() else pd.DataFrame(columns=["metric", "arm", "other", "verdict"])
+
+
 def _folder(folder: Path) -> dict[str, dict]:
     return {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
 
@@ -287,6 +307,7 @@ def _tsv(path: Path) -> pd.DataFrame:
     """Text columns stay text, also where an arm is called `NA` or `1e-4`; number columns become floats."""
     table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     numbers = {f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")}
+    numbers |= {f"corpus_{name}{end}" for name in ("bleu", "chrf") for end in ("", "_low", "_high")}
     numbers |= {"difference", "low", "high", "p", "p_adjusted", "smallest_detectable_difference"}
     numbers |= {"peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters"}
     numbers |= {"validation_loss", "base_validation_loss", *_COUNTS}

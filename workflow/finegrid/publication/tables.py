@@ -45,10 +45,13 @@ _HEAD = (
 )
 _BATCH = "Effective batch = batch per device × GPUs × accumulation steps."
 
+SIDE_BY_SIDE = 6  # arms that fit beside each other
+PAGE = 40  # arms that a page holds
+_CUT = "the base models, the baseline and those with the best means; the others are in arms.csv."
 _READING = (
     "Means with 95 % intervals over seeds and examples. Bold: the best mean, and each arm that is not shown to differ "
-    "from it (by the verdict where one of the two is the baseline, else by overlapping intervals) nor to be worse than "
-    "the baseline."
+    "from it nor to be worse than the baseline: by the verdict of the paired comparison, or where there is none by "
+    "intervals that overlap."
 )
 _COST_CAPTION = (
     "What training cost, means over seeds: peak memory, time of training alone, tokens per second, trainable "
@@ -80,14 +83,15 @@ def escape(text: str) -> str:
 
 def arms_latex(results: Results) -> str:
     """Three tables: the comparison, every other metric, and what training cost."""
-    study, arms = results.plan["study"], results.arms.index
+    study, arms = results.plan["study"], printed_arms(results)
     compared = [
         {"Arm": _first(results.label(arm)), "Seeds": _seeds(results, arm)}
         | {_header(results.metric): _latex_estimate(results, arm, results.metric)}
         | {"Difference": escape(_difference(results, arm)), "Verdict": _verdict(results, arm)}
         for arm in arms
     ]
-    tables = [_latex_table(compared, f"{_caption(results)} {_READING}", f"tab:{study}")]
+    cut = f" {len(arms)} of {len(results.arms)} arms: {_CUT}" if len(arms) < len(results.arms) else ""
+    tables = [_latex_table(compared, f"{_caption(results)} {_READING}{cut}", f"tab:{study}")]
     if others := [name for name in results.metrics if name != results.metric]:
         rows = [
             {"Arm": _first(results.label(arm))}
@@ -99,10 +103,23 @@ def arms_latex(results: Results) -> str:
     rows = [
         {"Arm": _first(results.label(arm))} | {name: escape(cell) for name, cell in _costs(results, arm).items()}
         for arm in results.trained
+        if arm in arms
     ]
     if rows:
         tables.append(_latex_table(rows, _COST_CAPTION, f"tab:{study}-costs"))
     return "\n".join(tables)
+
+
+def printed_arms(results: Results) -> list[str]:
+    """Arms in the LaTeX tables: all where a page holds them, else the base models, the baseline and the best ones."""
+    arms = list(results.arms.index)
+    if len(arms) <= PAGE:
+        return arms
+    fixed = [arm for arm in arms if arm not in results.trained or arm == results.baseline]
+    means = results.arms[results.metric].drop(fixed)
+    order = means.sort_values(ascending=results.metric in LOWER_IS_BETTER, na_position="last").index
+    kept = {*fixed, *order[: PAGE - len(fixed)]}
+    return [arm for arm in arms if arm in kept]
 
 
 def arms_markdown(results: Results) -> str:
@@ -143,7 +160,8 @@ def settings_latex(results: Results) -> str:
 def _setting_rows(results: Results, differing: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """One row a setting where that is the shorter side, as with few arms, else one row an arm."""
     labels = {arm: escape(results.label(arm)) for arm in results.trained}
-    if len(differing) > len(labels) and len(set(labels.values())) == len(labels):
+    printed = printed_arms(results)
+    if len(differing) > len(labels) and len(labels) <= SIDE_BY_SIDE and len(set(labels.values())) == len(labels):
         return [
             {"Setting": _first(name)} | {labels[arm]: escape(values[arm]) for arm in labels}
             for name, values in differing.items()
@@ -151,6 +169,7 @@ def _setting_rows(results: Results, differing: dict[str, dict[str, str]]) -> lis
     return [
         {"Arm": f"{{{labels[arm]}}}"} | {escape(name): escape(values[arm]) for name, values in differing.items()}
         for arm in labels
+        if arm in printed
     ]
 
 
@@ -238,11 +257,12 @@ def _latex_table(rows: list[dict[str, str]], caption: str, label: str) -> str:
         hrules=True,
         position="htbp",
         position_float="centering",
+        environment="table*",  # over both columns of a two-column paper, a plain table elsewhere
         caption=escape(caption),
         label=label,
     ).replace(
         r"\begin{tabular}",
-        "\\small\n\\setlength{\\tabcolsep}{4pt}\n\\renewcommand{\\arraystretch}{1.25}\n\\begin{tabular}",
+        "\\vskip 4pt\n\\small\n\\setlength{\\tabcolsep}{4pt}\n\\renewcommand{\\arraystretch}{1.25}\n\\begin{tabular}",
     )
 
 
