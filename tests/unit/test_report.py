@@ -150,7 +150,8 @@ def test_missing_comparison_is_named(tmp_path: Path):
 # ---- the answer ------------------------------------------------------------------------------------------------------
 
 
-def test_answer_without_a_verdict_claims_neither_difference_nor_equality(study: Path):
+def test_answer_without_a_verdict_claims_neither_difference_nor_equality(tmp_path: Path):
+    study = make_results(tmp_path, effects={"full": 0.035, "lora": 0.035, "qlora": 0.045})
     first, second = answer(load_results(study))
 
     assert first == (

@@ -62,7 +62,8 @@ def test_every_arm_metric_verdict_and_cost_is_in_the_tables(study: Path, tmp_pat
             assert f"{row[metric]:.3f}" in latex
             assert f"{row[metric]:.3f}" in markdown
             assert f"^{{+{row[f'{metric}_high'] - row[metric]:.3f}}}" in latex
-    assert latex.count("not distinguishable") == 4
+    verdicts = pd.read_csv(study / "comparison/comparisons.tsv", sep="\t").query("metric == 'rougeL'")["verdict"]
+    assert latex.count("not distinguishable") == verdicts.tolist().count("not distinguishable") > 0
     assert "Trainable (M)" in latex
     assert "134.52" in latex
 
@@ -104,6 +105,7 @@ def test_bold_falls_back_to_intervals_where_no_verdict_pairs_the_two(tmp_path: P
 
 def test_an_arm_worse_than_the_baseline_is_never_bold(tmp_path: Path):
     study = make_results(tmp_path)
+    (study / "comparison/pairs.tsv").unlink()
     wide = {"rougeL_low": 0.1, "rougeL_high": 1.0}
     set_arms(study, {"lora": {"rougeL": 0.9, **wide}, "base": wide, "qlora": wide})
     set_verdicts(study, "rougeL", {"lora": "not distinguishable", "qlora": "not distinguishable", "base": "worse"})
@@ -116,6 +118,7 @@ def test_an_arm_worse_than_the_baseline_is_never_bold(tmp_path: Path):
 
 def test_the_verdict_of_a_pair_decides_before_overlapping_intervals(tmp_path: Path):
     study = make_results(tmp_path)
+    (study / "comparison/pairs.tsv").unlink()
     wide = {"rougeL_low": 0.1, "rougeL_high": 1.0}
     set_arms(study, {"lora": {"rougeL": 0.9, **wide}, "qlora": {"rougeL": 0.8, **wide}})
     pair = {"metric": "rougeL", "arm": "qlora", "other": "lora", "verdict": "worse"}

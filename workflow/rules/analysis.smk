@@ -10,6 +10,8 @@ rule compare:
     output:
         arms="results/{study}/comparison/arms.tsv",
         comparisons="results/{study}/comparison/comparisons.tsv",
+        pairs="results/{study}/comparison/pairs.tsv",
+        mcnemar="results/{study}/comparison/mcnemar.tsv",
         comparison="results/{study}/comparison/comparison.json",
     log:
         "logs/compare/{study}.log",

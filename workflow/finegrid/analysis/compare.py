@@ -1,8 +1,9 @@
 """The stage `compare`: from the scores of all runs to arms with intervals and differences with verdicts.
 
 Reads `plan.json`, the metrics and predictions of every run, and the training summaries; writes `arms.tsv`,
-`comparisons.tsv` and `comparison.json`. Tuned levels are chosen on validation alone; the test split is read once,
-for the level chosen. The statistics are in :mod:`finegrid.analysis.comparison`.
+`comparisons.tsv`, `pairs.tsv`, `mcnemar.tsv` (:mod:`finegrid.analysis.pairs` says what their columns hold) and
+`comparison.json`. Tuned levels are chosen on validation alone; the test split is read once, for the level chosen. The
+statistics are in :mod:`finegrid.analysis.comparison`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finegrid.analysis import comparison
+from finegrid.analysis import comparison, pairs
+from finegrid.analysis.corpus import CORPUS
+from finegrid.analysis.pairs import LOWER_IS_BETTER
 from finegrid.analysis.scores import METRICS, Plan, Run, Scores, load_plan, load_scores, load_training
 from finegrid.errors import UserError
 from finegrid.files import write_json, write_text
 from finegrid.fingerprint import file_hash, short_hash
 
 COSTS = ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters")
-LOWER_IS_BETTER = frozenset({"loss"})
 EMPTY_SHARE = 0.1  # more empty predictions than this are a finding
 
 
@@ -43,15 +45,15 @@ def compare(
     output: Path,
     training: Iterable[Path] = (),
     histories: Iterable[Path] = (),
-    resamples: int = 10_000,
+    resamples: int = comparison.RESAMPLES,
 ) -> dict:
-    """Compare the arms of a study and write the three files of the comparison into `output`.
+    """Compare the arms of a study and write the five files of the comparison into `output`.
 
     Args:
         plan: the study's `plan.json`.
         metrics: `metrics/<run>.json` of every planned run, in any order.
         predictions: `runs/<run>/predictions.jsonl` of every planned run.
-        output: folder of `arms.tsv`, `comparisons.tsv`, `comparison.json`; made if need be.
+        output: folder of the files; made if need be.
         training: `training/<run>.json` summaries, for the costs; runs without one have empty cost columns.
         histories: `history/<run>.csv`, which figures are drawn from; only their content is named here.
         resamples: of the bootstrap.
@@ -79,8 +81,17 @@ def compare(
     levels = {arm.arm: _levels(wanted, arm.arm, scores) for arm in wanted.arms}
     chosen = {arm: _best(wanted, arm, tried, scores) for arm, tried in levels.items()}
     _same_seeds(wanted, chosen)
-    arms = _arms_table(wanted, chosen, scores, summaries, resamples)
-    differences = _comparisons_table(wanted, chosen, scores)
+    runs = {arm: [run.run for run in level.runs] for arm, level in chosen.items()}
+    table = pairs.measure(scores, runs, resamples)
+    arms = _arms_table(wanted, chosen, scores, summaries, table)
+    same_tokens = scores.same_tokens(scores.runs)
+    first = dict.fromkeys([wanted.metric, *(["loss"] if same_tokens else [])])
+    untrained = {run.arm for run in wanted.runs if not run.train}
+    shared = (list(runs), wanted.baseline), ({wanted.metric: wanted.margin}, untrained)
+    differences = pairs.against_baseline(table, *shared[0], first, *shared[1])
+    compared = pairs.compared_metrics(table, wanted.metric, same_tokens)
+    every = pairs.all_pairs(table, *shared[0], compared, *shared[1])
+    matches = pairs.mcnemar_table(scores, runs, {run.run: run.seed for run in wanted.runs}, every)
     result = {
         "study": wanted.study,
         "baseline": wanted.baseline,
@@ -90,12 +101,15 @@ def compare(
         "split": scores.split,
         "metrics_version": next(iter(scores.metrics.values())).get("metrics_version"),
         "selected": {arm: _selection(chosen[arm], levels[arm]) for arm in levels},
-        "statistics": _statistics(resamples, differences),
+        "statistics": _statistics(resamples, differences, every),
+        "cannot_claim": _cannot_claim(wanted, levels, chosen, scores, differences),
         "inputs": _content([*metrics, *predictions, *training, *histories]),
         "findings": _findings(wanted, levels, chosen, scores, arms, differences),
     }
     write_text(output / "arms.tsv", _tsv(arms))
     write_text(output / "comparisons.tsv", _tsv(differences))
+    write_text(output / "pairs.tsv", _tsv(every))
+    write_text(output / "mcnemar.tsv", _tsv(matches))
     write_json(output / "comparison.json", _finite(result))
     return result
 
@@ -182,34 +196,36 @@ def _seeds(level: Level) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def _arms_table(plan: Plan, chosen: dict[str, Level], scores: Scores, summaries: pd.DataFrame, resamples: int):
+def _arms_table(
+    plan: Plan, chosen: dict[str, Level], scores: Scores, summaries: pd.DataFrame, table: pairs.Table
+) -> pd.DataFrame:
     """One row an arm: its factors, chosen level, every metric with its interval, and what it cost."""
     rows = []
     for arm in plan.arms:
         level = chosen[arm.arm]
         row = {"arm": arm.arm, "label": arm.label} | arm.factors | level.tuned
         row |= {"seeds": len(_seeds(level)), "examples": len(scores.ids)}
-        rows.append(row | dict.fromkeys(f"{m}{end}" for m in METRICS for end in ("", "_low", "_high")))
-    cells = [(row, name) for row in range(len(rows)) for name in METRICS if name == "loss" or name in scores.values]
-    columns, errors, weights = [], [], []
-    for row, name in cells:
-        values, divisor = _values(scores, chosen[plan.arms[row].arm], name)
-        rows[row][name], error = comparison.mean_and_error(values, divisor)
-        columns.append(values.mean(axis=0))
-        errors.append(error)
-        weights.append(divisor)
-    intervals = comparison.bootstrap_intervals(np.column_stack(columns), errors, weights, resamples)
-    for (row, name), (low, high) in zip(cells, intervals, strict=True):
-        if name == "exact_match" and rows[row][name] in (0.0, 1.0):
-            low, high = comparison.proportion_interval(rows[row][name], len(scores.ids))
-        # A score is at least 0 and at most 1, a loss at least 0: so are the ends of its interval.
-        top = math.inf if name == "loss" else 1.0
-        rows[row][f"{name}_low"], rows[row][f"{name}_high"] = np.clip([low, high], 0.0, top)
-    for arm, row in zip(plan.arms, rows, strict=True):
-        row |= _costs(chosen[arm.arm], summaries)
-        row["validation_loss"] = _mean_validation_loss(scores, [run.run for run in chosen[arm.arm].runs])
+        row |= _cells(METRICS, arm.arm, table, len(scores.ids)) | _costs(level, summaries)
+        row["validation_loss"] = _mean_validation_loss(scores, [run.run for run in level.runs])
         row["base_validation_loss"] = _mean_validation_loss(scores, [arm.base] if arm.base in scores.runs else [])
+        rows.append(row | _cells(CORPUS, arm.arm, table, len(scores.ids)))
     return pd.DataFrame(rows)[list(dict.fromkeys(key for key in _ordered(rows)))]
+
+
+def _cells(names: Iterable[str], arm: str, table: pairs.Table, examples: int) -> dict[str, float | None]:
+    """`m`, `m_low` and `m_high` of each metric; None where it was not scored."""
+    cells = {}
+    for name in names:
+        measured = table.get((arm, name))
+        mean, (low, high) = (measured.mean, measured.interval) if measured else (None, (None, None))
+        if name == "exact_match" and mean in (0.0, 1.0):
+            low, high = comparison.proportion_interval(mean, examples)
+        if measured:
+            # A score is at least 0 and at most 1 (a corpus score 100), a loss at least 0: so are the ends.
+            top = {"loss": math.inf}.get(name, 100.0 if name in CORPUS else 1.0)
+            low, high = np.clip([low, high], 0.0, top)
+        cells |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return cells
 
 
 def _ordered(rows: list[dict]) -> list[str]:
@@ -218,14 +234,6 @@ def _ordered(rows: list[dict]) -> list[str]:
     keys = list(rows[0])
     at = keys.index("seeds")
     return keys[:at] + first + keys[at:]
-
-
-def _values(scores: Scores, level: Level, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values (seeds, examples) and the weights of a ratio: the loss is nll over label tokens, over the whole split."""
-    rows = scores.rows(run.run for run in level.runs)
-    if name == "loss":
-        return scores.nll[rows], scores.label_tokens[rows[0]]
-    return scores.values[name][rows], None
 
 
 def _costs(level: Level, summaries: pd.DataFrame) -> dict[str, float | None]:
@@ -237,41 +245,6 @@ def _costs(level: Level, summaries: pd.DataFrame) -> dict[str, float | None]:
 def _mean_validation_loss(scores: Scores, runs: list[str]) -> float | None:
     losses = [_validation(scores, run, "loss") for run in runs]
     return None if not losses or None in losses else float(np.mean(losses))
-
-
-def _comparisons_table(plan: Plan, chosen: dict[str, Level], scores: Scores) -> pd.DataFrame:
-    """Every arm against the baseline: the primary metric, which is the family of Holm's method, then the loss.
-
-    Losses over other tokens are not compared.
-    """
-    tables = []
-    for name in dict.fromkeys([plan.metric, *(["loss"] if scores.same_tokens(scores.runs) else [])]):
-        primary = name == plan.metric
-        tables.append(_family(plan, chosen, scores, name, plan.margin if primary else None))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _family(plan: Plan, chosen: dict[str, Level], scores: Scores, name: str, margin: float | None) -> pd.DataFrame:
-    reference, weights = _values(scores, chosen[plan.baseline], name)
-    rows, differences = [], []
-    for arm in plan.arms:
-        if arm.arm == plan.baseline:
-            continue
-        values, _ = _values(scores, chosen[arm.arm], name)
-        difference = comparison.paired_difference(values, reference, margin, weights)
-        differences.append(difference)
-        rows.append({"metric": name, "arm": arm.arm, "baseline": plan.baseline, "difference": difference.difference})
-        seeds = max(len(_seeds(chosen[arm.arm])), len(_seeds(chosen[plan.baseline])))
-        rows[-1] |= {"low": difference.low, "high": difference.high, "p": difference.p, "p_adjusted": math.nan}
-        rows[-1] |= {"verdict": "not distinguishable", "seeds": seeds, "examples": len(scores.ids)}
-        rows[-1]["smallest_detectable_difference"] = difference.smallest_detectable
-    # A diverged arm has no number: it is no member of the family and gets no verdict of its own.
-    tested = [index for index, difference in enumerate(differences) if math.isfinite(difference.p)]
-    for index, adjusted in zip(tested, comparison.holm([differences[i].p for i in tested]), strict=True):
-        rows[index]["p_adjusted"] = adjusted
-        rows[index]["verdict"] = comparison.verdict(differences[index], adjusted, name in LOWER_IS_BETTER)
-    columns = ["metric", "arm", "baseline", "difference", "low", "high", "p", "p_adjusted", "verdict"]
-    return pd.DataFrame(rows, columns=[*columns, "seeds", "examples", "smallest_detectable_difference"])
 
 
 # -------------------------------------------------------------------------------------------------- findings
@@ -303,7 +276,7 @@ def _findings(
     if not scores.same_tokens(scores.runs):
         message = "runs with other length limits or tokenizers have losses over other tokens: losses are not compared"
         found.append(_finding("warning", "loss", message, "read each loss against its own base model's alone"))
-    primary = differences[differences["metric"] == plan.metric]
+    primary = differences[(differences["metric"] == plan.metric) & (differences["family"] == "arms")]
     blind = primary[primary["smallest_detectable_difference"] > (plan.margin or math.inf)]
     if len(blind):
         largest = blind["smallest_detectable_difference"].max()
@@ -321,6 +294,39 @@ def _findings(
 
 def _finding(severity: str, place: str, message: str, mend: str) -> dict[str, str]:
     return {"severity": severity, "place": place, "message": message, "mend": mend}
+
+
+def _cannot_claim(
+    plan: Plan, levels: dict[str, list[Level]], chosen: dict[str, Level], scores: Scores, differences: pd.DataFrame
+) -> list[str]:
+    """What this study can't say, in sentences for whoever writes about it."""
+    claims = []
+    if {len(_seeds(level)) for level in chosen.values()} - {0} == {1}:
+        claims.append(
+            "that one method beats another: each arm was trained once, so the verdicts speak of these trained models "
+            "on examples like these, and another seed may turn them"
+        )
+    if not plan.margin:
+        claims.append("that any two arms are equivalent: the study sets no margin (compare.margin)")
+    primary = differences[(differences["metric"] == plan.metric) & (differences["family"] == "arms")]
+    open_ = primary[primary["verdict"] == "not distinguishable"]
+    if len(open_):
+        smallest = open_["smallest_detectable_adjusted"].max()
+        size = "" if pd.isna(smallest) else f": differences below {smallest:.2g} in {plan.metric} would not be seen"
+        claims.append(f"that {plan.baseline} does as well as {_joined(open_['arm'])}{size}")
+    if not scores.same_tokens(scores.runs):
+        claims.append("which arm has the lower loss: the losses are means over other tokens")
+    if scores.split == "validation" and any(len(tried) > 1 for tried in levels.values()):
+        claims.append("how good a tuned arm is on new examples: its level was chosen on the examples that are compared")
+    wholly = [arm for arm, tried in levels.items() if all(level.diverged for level in tried)]
+    if wholly:
+        claims.append(f"anything of {_joined(wholly)}: every run diverged")
+    return claims
+
+
+def _joined(names: Iterable[str]) -> str:
+    *most, last = list(names)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _about_seeds(chosen: dict[str, Level]) -> list[dict[str, str]]:
@@ -414,8 +420,10 @@ def _selection(chosen: Level, tried: list[Level]) -> dict:
     }
 
 
-def _statistics(resamples: int, differences: pd.DataFrame) -> dict:
+def _statistics(resamples: int, differences: pd.DataFrame, every: pd.DataFrame) -> dict:
     """The settings of the statistics, in words that a methods section can use."""
+    primary = differences[differences["metric"] == differences["metric"].iloc[0]] if len(differences) else differences
+    families = primary["family"].value_counts()
     return {
         "unit": "scores of single examples, paired by example and seed",
         "confidence": 1 - comparison.ALPHA,
@@ -423,11 +431,19 @@ def _statistics(resamples: int, differences: pd.DataFrame) -> dict:
         "resamples": resamples,
         "rng_seed": comparison.RNG_SEED,
         "differences": "two-way random effects (seeds x examples), Behrens-Fisher distribution of the mean",
+        "bootstrap": "beside each difference: the hierarchical bootstrap of the arms, on the paired differences",
         "adjustment": "Holm over the arms compared in one metric; the primary metric is the family that counts",
-        "family": int((differences["metric"] == differences["metric"].iloc[0]).sum()) if len(differences) else 0,
-        "equivalence": "two one-sided tests at 5 % (the 90 % interval lies within the margin)",
-        "smallest_detectable_difference": "found with 80 % power at 5 %, not adjusted",
+        "family": int(families.get("arms", families.get("untrained", 0))),
+        "families": "trained arms are one family, untrained models another: did training help is another question",
+        "pairs": int((every["metric"] == every["metric"].iloc[0]).sum()) if len(every) else 0,
+        "pairs_adjustment": "Holm over all pairs of arms in one metric"
+        if differences["arm"].nunique() < pairs.MOST_PAIRED
+        else "the best arm against each other one, Bonferroni over all pairs",
+        "equivalence": "two one-sided tests at 5 % against the margin, Holm over the family",
+        "smallest_detectable_difference": "found with 80 % power at 5 %, not adjusted; _adjusted: at 5 % / family",
         "loss": "sum of nll / sum of label tokens, as a ratio of two sums",
+        "corpus": "BLEU and chrF from sums of sufficient statistics, resampled; their error by the jackknife",
+        "mcnemar": "exact matches, run against run of the same seed, exact test; the test of a one-seed study",
     }
 
 

@@ -10,25 +10,35 @@ its own degrees of freedom, and the error of the mean is their sum:
 
 the Behrens-Fisher distribution. Its false positives stay at or below the nominal 5 % for any size of the seeds'
 effect (tests/unit/test_comparison.py simulates it), and with one seed it is scipy's paired t-test over examples.
+
+Beside it stands the hierarchical bootstrap, which takes the shape of the scores as it is: each of 10,000 resamples
+draws seeds, then examples. Its examples are drawn with replacement; its seeds are not, since S of them drawn from S
+have (S-1)/S of the variance and none of the uncertainty about it: equal arms would be called different in up to 3 of
+10 studies with two seeds, and still too often with ten (tests/benchmarks/README.md). The mean of the seeds is drawn
+from its t distribution with S-1 degrees of freedom. Verdicts rest on the Behrens-Fisher test; the bootstrap agrees
+with it but for skewed scores and few examples, and is printed beside it to show that.
 Sources: Behrens 1929 and Fisher 1935 for the distribution; Westfall, Kenny and Judd 2014 (doi 10.1037/xge0000014)
 for the crossed random effects.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from scipy import optimize, special, stats
+from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 ALPHA = 0.05
 POWER = 0.80
 RNG_SEED = 20240601
+RESAMPLES = 10_000
 CHUNK = 1000  # resamples at a time: 1,000 x 2,000 weights are 16 MB
 _GRID = np.linspace(-10, 10, 1601)  # where the examples' part is integrated over
 
@@ -90,6 +100,7 @@ class Difference:
     p: float
     p_equivalence: float
     smallest_detectable: float
+    error: Error | None = None
 
 
 def mean_and_error(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, Error]:
@@ -146,56 +157,138 @@ def paired_difference(
     if margin is not None:
         equivalence = max(error.tail(margin - difference), error.tail(margin + difference))
     smallest = half + error.quantile(1 - POWER)
-    return Difference(difference, difference - half, difference + half, p, equivalence, smallest)
+    return Difference(difference, difference - half, difference + half, p, equivalence, smallest, error)
+
+
+def smallest_detectable(error: Error, tests: int) -> float:
+    """Smallest true difference found with 80 % power at the level of `tests` comparisons at once (Holm's hardest)."""
+    return error.quantile(ALPHA / 2 / tests) + error.quantile(1 - POWER)
+
+
+def mcnemar(arm: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """Exact McNemar test (statsmodels) of two runs that answered the same examples right (1) or wrong (0).
+
+    Returns:
+        Examples that `both`, `arm_only`, `other_only` and `neither` got right, and the two-sided `p`.
+    """
+    ours, theirs = arm > 0.5, baseline > 0.5
+    both, ours_only = int((ours & theirs).sum()), int((ours & ~theirs).sum())
+    theirs_only, neither = int((~ours & theirs).sum()), int((~ours & ~theirs).sum())
+    p = contingency_tables.mcnemar([[both, ours_only], [theirs_only, neither]], exact=True).pvalue
+    return {"both": both, "arm_only": ours_only, "other_only": theirs_only, "neither": neither, "p": float(p)}
 
 
 def holm(p: list[float]) -> list[float]:
     """p-values of one family, adjusted by Holm's method (statsmodels)."""
-    return multipletests(p, alpha=ALPHA, method="holm")[1].tolist() if p else []
+    if not p:
+        return []
+    gc.freeze()  # statsmodels collects garbage at each call, a tenth of a second among many objects
+    try:
+        return multipletests(p, alpha=ALPHA, method="holm")[1].tolist()
+    finally:
+        gc.unfreeze()
 
 
-def verdict(difference: Difference, p_adjusted: float, lower_is_better: bool = False) -> str:
+def verdict(
+    difference: Difference, p_adjusted: float, lower_is_better: bool = False, p_equivalence: float | None = None
+) -> str:
     """`equivalent` if the difference is shown to be within the margin, whatever its sign; else `better` or `worse`
-    if the adjusted p is below 5 %; else `not distinguishable`."""
-    if difference.p_equivalence < ALPHA:
+    if the adjusted p is below 5 %; else `not distinguishable`. `p_equivalence` is the adjusted one of the family."""
+    if (difference.p_equivalence if p_equivalence is None else p_equivalence) < ALPHA:
         return "equivalent"
-    if p_adjusted >= ALPHA:
+    if not p_adjusted < ALPHA:
         return "not distinguishable"
     return "better" if (difference.difference < 0) == lower_is_better else "worse"
 
 
-def bootstrap_intervals(
-    columns: np.ndarray, errors: list[Error], weights: list[np.ndarray | None], resamples: int = 10_000
+def resampled_deviations(
+    columns: np.ndarray,
+    weights: list[np.ndarray | None],
+    resamples: int = RESAMPLES,
+    corpora: Sequence[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] = (),
 ) -> np.ndarray:
-    """95 % intervals of means over seeds and examples by a hierarchical bootstrap.
-
-    Each resample draws the seeds, then the examples. Examples are drawn with replacement, all columns with the same
-    draw (a matrix product of multinomial weights). Two or three seeds can't be drawn so: their mean is drawn from
-    its t distribution with S-1 degrees of freedom. The resampled deviation over examples is scaled to the examples'
-    own part of the variance, since their interaction with the seeds is in the seeds' part already.
+    """Redraw the examples with replacement, all columns with the same draw (a matrix product of weights).
 
     Args:
         columns: shape (examples, n): for each mean its values per example, averaged over seeds.
-        errors: of each column, from :func:`mean_and_error`.
         weights: of each column, as in :func:`mean_and_error`.
+        corpora: sufficient statistics (seeds, examples, counts) of further columns, and the corpus score of their
+            sums; it is averaged over seeds.
 
     Returns:
-        Shape (n, 2): lower and upper ends.
+        Shape (resamples, n + corpora): resampled minus found.
     """
-    examples, n = columns.shape
+    examples = columns.shape[0]
     rng = np.random.default_rng(RNG_SEED)
     divisors = np.column_stack([np.ones(examples) if w is None else w for w in weights])
     distinct, which = np.unique(divisors, axis=1, return_inverse=True)
     centre = columns.sum(axis=0) / divisors.sum(axis=0)
-    drawn = [(w @ columns) / (w @ distinct)[:, which.ravel()] - centre for w in _weights(rng, examples, resamples)]
-    deviations = np.concatenate(drawn)
-    spread = deviations.std(axis=0)
-    wanted = np.sqrt([error.examples for error in errors])
-    deviations *= np.divide(wanted, spread, out=np.zeros(n), where=spread > 0)
-    for column, error in enumerate(errors):
-        if error.seeds > 0:
-            deviations[:, column] += np.sqrt(error.seeds) * rng.standard_t(error.seed_df, resamples)
-    return (centre + np.quantile(deviations, [ALPHA / 2, 1 - ALPHA / 2], axis=0)).T
+    counts = [_side_by_side(statistics) for statistics, _ in corpora]
+    found = [score(statistics.sum(axis=1)).mean() for statistics, score in corpora]
+    drawn = []
+    for draw in _weights(rng, examples, resamples):
+        parts = [(draw @ columns) / (draw @ distinct)[:, which.ravel()] - centre]
+        narrow = draw.astype(np.float32)
+        for (statistics, score), table, point in zip(corpora, counts, found, strict=True):
+            sums = (narrow if table.dtype == np.float32 else draw) @ table
+            sums = sums.reshape(len(draw), statistics.shape[0], statistics.shape[2])
+            parts.append(score(sums).mean(axis=1, keepdims=True) - point)
+        drawn.append(np.hstack(parts))
+    return np.concatenate(drawn)
+
+
+def _side_by_side(statistics: np.ndarray) -> np.ndarray:
+    """Counts as (examples, seeds x counts), in single precision where every sum of a resample is exact in it."""
+    table = np.concatenate(list(statistics), axis=1)
+    return table.astype(np.float32) if table.max(initial=0) * len(table) < 2**24 else table
+
+
+def hierarchical(deviations: np.ndarray, error: Error) -> np.ndarray:
+    """Errors of a mean over seeds and examples, from the resampled deviations over examples, shape (resamples,).
+
+    These are scaled to the examples' own part of the variance, since their interaction with the seeds is in the
+    seeds' part already, and the seeds' part is added, drawn from its t distribution.
+    """
+    spread = deviations.std()
+    errors = deviations * (math.sqrt(error.examples) / spread if spread > 0 else 0.0)
+    if error.seeds > 0:
+        errors = errors + math.sqrt(error.seeds) * _seed_draws(error.seed_df, len(deviations))
+    return errors
+
+
+@lru_cache(maxsize=8)
+def _seed_draws(df: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(RNG_SEED + 1).standard_t(df, resamples)
+
+
+def bootstrap_interval(mean: float, errors: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of a mean from the errors that :func:`hierarchical` draws."""
+    low, high = np.quantile(errors, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(mean + low), float(mean + high)
+
+
+def bootstrap_p(difference: float, errors: np.ndarray) -> float:
+    """Two-sided p of no difference: the share of errors as large as the difference, counting the study itself."""
+    return float((1 + (np.abs(errors) >= abs(difference)).sum()) / (1 + len(errors)))
+
+
+def bootstrap_intervals(
+    columns: np.ndarray, errors: list[Error], weights: list[np.ndarray | None], resamples: int = RESAMPLES
+) -> np.ndarray:
+    """95 % intervals of means over seeds and examples by the hierarchical bootstrap, shape (n, 2).
+
+    Args:
+        columns, weights: as in :func:`resampled_deviations`.
+        errors: of each column, from :func:`mean_and_error`.
+    """
+    divisors = [len(columns) if w is None else w.sum() for w in weights]
+    deviations = resampled_deviations(columns, weights, resamples)
+    return np.array(
+        [
+            bootstrap_interval(column.sum() / divisor, hierarchical(deviation, error))
+            for column, divisor, deviation, error in zip(columns.T, divisors, deviations.T, errors, strict=True)
+        ]
+    )
 
 
 def proportion_interval(share: float, examples: int) -> tuple[float, float]:
