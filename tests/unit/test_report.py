@@ -5,32 +5,29 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import jinja2
 import lxml.html
 import pandas as pd
 import pytest
+from browser import Browser, chromium
 from finegrid.errors import UserError
 from finegrid.figures import FIGURES, fitting
 from finegrid.publication.captions import CAPTIONS
-from finegrid.publication.report import answer, duration, examples, findings, learned, write_report
+from finegrid.publication.examples import examples
+from finegrid.publication.report import answer, duration, findings, learned, write_report
 from finegrid.publication.results import load_results
+from PIL import Image
 from study_results import make_results
 
 HOSTILE = '</p><script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
-# A PNG of 1 x 1 pixel.
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63606060000000040001f61738"
-    "550000000049454e44ae426082"
-)
 
 
 def draw_figures(study: Path) -> None:
     (study / "figures").mkdir(exist_ok=True)
     for name in FIGURES:
-        (study / "figures" / f"{name}.png").write_bytes(PIXEL)
+        Image.new("L", (2040, 900), 255).save(study / "figures" / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +236,42 @@ def test_examples_with_the_largest_change_from_the_base_come_first(tmp_path: Pat
 
     shown = examples(load_results(study))["shown"]
 
-    by_tag = {tag: [row["id"] for row in shown if row["tag"] == tag] for tag in ("largest gain", "largest loss")}
-    assert by_tag == {"largest gain": ["test-0007"], "largest loss": ["test-0003"]}
-    assert sum(row["tag"] == "random" for row in shown) == 8
+    by_tag = {tag: [row["id"] for row in shown if tag in row["tags"]] for tag in ("gain", "loss")}
+    assert by_tag == {"gain": ["test-0007"], "loss": ["test-0003"]}
+    assert sum(row["tags"] == ["random"] for row in shown) == 10
     assert len({row["id"] for row in shown}) == len(shown)
+
+
+def test_examples_where_the_best_arm_is_furthest_ahead_and_behind(tmp_path: Path):
+    study = make_results(tmp_path, examples=60, effects={"full": 0.03, "lora": 0.08, "qlora": 0.0})
+    results = load_results(study)
+    scores = {}
+    for arm in ("lora", "full"):
+        path = study / "runs" / results.selected_runs(arm)[0] / "predictions.jsonl"
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        scores[arm] = {row["id"]: row["scores"]["rougeL"] for row in rows if row["split"] == "test"}
+    order = sorted(scores["lora"], key=lambda key: scores["full"][key] - scores["lora"][key])
+
+    found = examples(results)
+
+    assert found["rival"] == ["LoRA", "Full"]
+    ahead = [row["id"] for row in found["shown"] if "ahead" in row["tags"]]
+    behind = [row["id"] for row in found["shown"] if "behind" in row["tags"]]
+    assert set(ahead) == set(order[:10])
+    assert set(behind) <= set(order[-10:])
+
+
+def test_of_many_arms_the_best_and_the_baseline_answer(tmp_path: Path):
+    study = make_results(tmp_path, arms=12, levels=0, examples=6)
+    results = load_results(study)
+
+    found = examples(results)
+
+    shown = [column.arm for column in found["columns"] if column.base]
+    best = results.arms.loc[results.trained, "rougeL"].sort_values(ascending=False).index
+    assert len(shown) == 8
+    assert {"full", *best[:7]} == set(shown)
+    assert found["left_out"] == 4
 
 
 def test_examples_show_every_arm_beside_its_own_base(study: Path):
@@ -316,6 +345,43 @@ def test_durations_read_like_durations(seconds: float, shown: str):
     assert duration(seconds) == shown
 
 
+def test_advice_is_shown_with_its_evidence_and_the_next_study(tmp_path: Path):
+    study = make_results(tmp_path)
+    fact = {"run": "lora-1a2b3c4d", "step": 30, "what": "slope", "value": -0.04, "threshold": -0.01}
+    change = {"key": "training_args.learning_rate", "from": 0.002, "to": 0.004}
+    entry = {"case": "edge", "severity": "warning", "place": "arm lora: learning rate", "message": "at the edge"}
+    entry |= {"mend": "add the level 0.004", "evidence": [fact], "change": change}
+    content = {"study": "synthetic", "advice": [entry], "next_study": "results/next_study.yaml", "changes": ["a level"]}
+    (study / "comparison/advice.json").write_text(json.dumps(content), encoding="utf-8")
+    comparison = json.loads((study / "comparison/comparison.json").read_text())
+    comparison["cannot_claim"] = ["Nothing is said of other models."]
+    (study / "comparison/comparison.json").write_text(json.dumps(comparison), encoding="utf-8")
+
+    write_report(study, tmp_path / "report.html")
+
+    page = lxml.html.document_fromstring((tmp_path / "report.html").read_bytes())
+    shown = text(page.xpath("//section[@aria-labelledby='findings']")[0])
+    for part in ("at the edge", "add the level 0.004", "training_args.learning_rate: 0.002 → 0.004"):
+        assert part in shown
+    assert "lora-1a2b3c4d at step 30: slope -0.04 (threshold -0.01)" in shown
+    assert "finegrid plan results/next_study.yaml" in shown
+    assert "Nothing is said of other models." in text(page.xpath("//header")[0])
+
+
+def test_every_pair_of_arms_can_be_looked_up(tmp_path: Path):
+    study = make_results(tmp_path)
+    pair = {"metric": "rougeL", "arm": "qlora", "other": "lora", "difference": -0.02, "low": -0.03, "high": -0.01}
+    pair |= {"p": 0.001, "p_adjusted": 0.002, "verdict": "worse"}
+    pd.DataFrame([pair, pair | {"metric": "loss"}]).to_csv(study / "comparison/pairs.tsv", sep="\t", index=False)
+
+    write_report(study, tmp_path / "report.html")
+
+    page = lxml.html.document_fromstring((tmp_path / "report.html").read_bytes())
+    details = next(each for each in page.xpath("//details") if "Every pair of arms (1)" in text(each))
+    cells = [text(cell) for cell in details.xpath(".//tbody/tr/*")]
+    assert cells == ["QLoRA (nf4)", "LoRA", "−0.020[−0.030, −0.010]", "worse", "0.002"]
+
+
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
@@ -330,55 +396,103 @@ def test_every_figure_has_the_same_caption_in_both_reports(project: Path):
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-WATCH = """<script>window.failures = []; addEventListener("error", e => failures.push(e.message));
-addEventListener("securitypolicyviolation", e => failures.push("blocked " + e.blockedURI));</script>"""
-DRIVE = """<script>addEventListener("load", () => {
-  const order = () => [...document.querySelectorAll("#arms-table tbody tr")].map(row => row.dataset.arm);
-  const result = {width: document.documentElement.scrollWidth, window: innerWidth};
-  const head = document.querySelectorAll("#arms-table thead button")[1];
-  head.click(); result.ascending = order(); head.click(); result.descending = order();
-  const memory = [...document.querySelectorAll("#arms-table thead button")].find(b => b.textContent === "Memory");
-  memory.click(); result.memory = order();
-  const shown = () => [...document.querySelectorAll(".example")].filter(card => !card.hidden).length;
-  result.all = shown();
-  const search = document.getElementById("search");
-  search.value = "medicare"; search.dispatchEvent(new Event("input")); result.medicare = shown();
-  search.value = "nowhere at all"; search.dispatchEvent(new Event("input")); result.none = shown();
-  search.value = ""; search.dispatchEvent(new Event("input"));
-  document.querySelector('.filter[data-tag="random"]').click(); result.random = shown();
-  document.querySelector(".zoom").click(); result.large = document.getElementById("large").open;
-  document.getElementById("large").click(); result.closed = !document.getElementById("large").open;
-  result.failures = failures;
-  const out = document.createElement("pre"); out.id = "result"; out.textContent = JSON.stringify(result);
-  document.body.append(out);
-});</script>"""
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if chromium() is None:
+        pytest.skip("no chromium on this machine: the page is not driven")
+    with Browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
+        yield browser
 
 
-@pytest.mark.parametrize("width", [1280, 500])
-def test_page_works_in_a_browser_without_errors(study: Path, tmp_path: Path, width: int):
-    browser = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
-    if browser is None:
-        pytest.skip("no chromium on this machine: the page's script is not driven")
-    source = (study / "report.html").read_text(encoding="utf-8")
-    driven = source.replace("<style>", f"{WATCH}<style>", 1).replace("</body>", f"{DRIVE}</body>")
-    (tmp_path / "driven.html").write_text(driven, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run(
-        [*command, (tmp_path / "driven.html").as_uri()], capture_output=True, text=True, timeout=90, check=True
-    )
+def arms_shown(page) -> list[str]:
+    rows = "[...document.querySelectorAll('#arms-table tbody tr')].filter(row => row.offsetParent)"
+    return page.evaluate(f"{rows}.map(row => row.dataset.arm)")
 
-    result = json.loads(lxml.html.document_fromstring(done.stdout).get_element_by_id("result").text_content())
 
-    assert result["failures"] == []
-    assert result["width"] <= result["window"]  # nothing sticks out sideways
+def head(page, name: str) -> int:
+    """The number of a column of the arms table."""
+    names = page.evaluate("[...document.querySelectorAll('#arms-table thead button')].map(head => head.textContent)")
+    return names.index(name)
+
+
+def cards_shown(page) -> list[str]:
+    cards = "[...document.querySelectorAll('.example')].filter(card => card.offsetParent)"
+    return page.evaluate(f"{cards}.map(card => card.textContent)")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_page_is_sorted_filtered_searched_and_opened_without_an_error(browser, study: Path, width: int, dark: bool):
+    page = browser.open((study / "report.html").as_uri(), width=width, height=844, dark=dark)
     means = pd.read_csv(study / "comparison/arms.tsv", sep="\t").set_index("arm")["rougeL"]
-    assert result["ascending"] == list(means.sort_values().index)
-    assert result["descending"] == list(means.sort_values(ascending=False).index)
-    assert result["memory"] == ["qlora", "lora", "full", *result["memory"][3:]]  # arms without a number stay last
-    assert 0 < result["medicare"] < result["all"]
-    assert result["none"] == 0
-    assert result["random"] == 8
-    assert result["large"]
-    assert result["closed"]
+
+    page.click("#arms-table thead button", head(page, "ROUGE-L"))
+    assert arms_shown(page) == list(means.sort_values().index)
+    page.click("#arms-table thead button", head(page, "ROUGE-L"))
+    assert arms_shown(page) == list(means.sort_values(ascending=False).index)
+    page.click("#arms-table thead button", head(page, "Memory"))
+    assert arms_shown(page)[:3] == ["qlora", "lora", "full"]  # arms without a number stay last
+
+    page.write("#arms-search", "lora")
+    assert arms_shown(page) == ["qlora", "lora"]
+    assert page.evaluate("document.getElementById('arms-count').textContent") == "2 of 5 arms"
+    page.write("#arms-search", "")
+    verdicts = pd.read_csv(study / "comparison/comparisons.tsv", sep="\t").query("metric == 'rougeL'")
+    wanted = set(verdicts.loc[verdicts["verdict"] == "not distinguishable", "arm"])
+    page.click(".verdict[data-verdict='not distinguishable']")
+    assert set(arms_shown(page)) == wanted
+    page.click(".verdict[data-verdict='all']")
+    assert len(arms_shown(page)) == 5
+
+    every = cards_shown(page)
+    page.write("#search", "medicare transferred")
+    found = cards_shown(page)
+    assert 0 < len(found) < len(every)
+    assert all("medicare" in card.lower() and "transferred" in card.lower() for card in found)
+    page.write("#search", "nowhere at all")
+    assert cards_shown(page) == []
+    page.write("#search", "")
+    page.click(".filter[data-tag='random']")
+    assert 0 < len(cards_shown(page)) <= 10
+
+    page.click(".zoom", 1)
+    assert page.evaluate("document.getElementById('large').open")
+    assert page.evaluate("document.querySelector('#large img').src === document.querySelectorAll('.zoom img')[1].src")
+    assert page.evaluate("document.querySelector('#large img').getBoundingClientRect().width") >= min(width, 390) * 0.9
+    page.key("Escape")
+    assert not page.evaluate("document.getElementById('large').open")
+
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out sideways
+    assert page.errors == []
+    assert [url for url in page.requests if not url.startswith(("data:", "about:"))] == [
+        (study / "report.html").as_uri()
+    ]
+
+
+def test_an_error_in_the_page_would_be_heard(browser, tmp_path: Path):
+    broken = (
+        "<button onclick='nothing()'>x</button><img src='http://127.0.0.1:9/a.png'><script>console.error('e')</script>"
+    )
+    (tmp_path / "page.html").write_text(broken, encoding="utf-8")
+
+    page = browser.open((tmp_path / "page.html").as_uri())
+    page.click("button")
+    page.wait("true")
+
+    assert any("nothing is not defined" in error for error in page.errors)
+    assert "e" in page.errors
+    assert "http://127.0.0.1:9/a.png" in page.requests
+
+
+def test_report_of_many_arms_opens_and_filters(browser, tmp_path: Path):
+    factors = {"rank": ["2", "4", "8", "16", "32", "64", "128"], "target": ["all", "attention", "query and value"]}
+    factors["schedule"] = ["cosine", "linear", "constant", "polynomial"]
+    study = make_results(tmp_path, factors=factors, seeds=1, levels=0, examples=3)
+    write_report(study, study / "report.html")
+
+    page = browser.open((study / "report.html").as_uri())
+    page.write("#arms-search", "rank 128 cosine")
+
+    assert len(arms_shown(page)) == 3
+    assert page.evaluate("document.querySelectorAll('.example')[0].querySelectorAll('section').length") <= 11
+    assert page.errors == []

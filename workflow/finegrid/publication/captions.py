@@ -22,7 +22,7 @@ CAPTIONS = {
         "baseline was shown to be: ▲ better, ▼ worse, = equivalent, none where it is not distinguishable.",
     ),
     "response": (
-        "Response",
+        "Response to levels",
         "How the arms answer to a factor that is a number. Of a tuned one, such as the learning rate, the value on "
         "validation that the level was chosen by; a chosen level on the edge of its range has an arrow.",
     ),

@@ -8,9 +8,7 @@ are in the page. The same results give the same bytes.
 from __future__ import annotations
 
 import base64
-import json
 import math
-import random
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from finegrid.figures import fitting
 from finegrid.figures.style import arm_colours
 from finegrid.files import write_text
 from finegrid.publication.captions import CAPTIONS
+from finegrid.publication.examples import TAGS, examples
 from finegrid.publication.results import (
     METRIC_NAMES,
     NOTHING,
@@ -39,13 +38,13 @@ from finegrid.publication.results import (
     setting_table,
 )
 
-GAINS, LOSSES, RANDOM = 8, 8, 8  # examples shown of each kind
 SCREEN = 120 / 300  # pixels on screen for a pixel of the file: all figures with letters of one size
 FEW = 3  # arms that a sentence names one by one
 SPLIT_COLUMNS = [
     *("Split", "Imported", "Rejected", "Not drawn", "Clean", "Used", "Prompts cut", "Answers cut", "End lost"),
     *("Label tokens", "Prompt lengths", "Answer lengths"),
 ]
+VERDICTS = ("better", "equivalent", "worse", "not distinguishable", "diverged")
 SEVERITIES = ("error", "warning", "note")
 
 
@@ -75,6 +74,7 @@ def write_report(study_dir: Path, output: Path) -> None:
     )
     environment.filters["plain"] = plain
     differing, common = setting_table(results)
+    rows, shown = arm_rows(results), examples(results)
     page = environment.get_template("report.html.j2").render(
         results=results,
         study=results.plan["study"],
@@ -83,13 +83,20 @@ def write_report(study_dir: Path, output: Path) -> None:
         learned=learned(results),
         facts=_facts(results),
         columns=arm_columns(results),
-        arms=arm_rows(results),
+        arms=rows,
         colours=_colours(study_dir),
         statistics=results.comparison.get("statistics", {}),
         baseline=results.label(results.baseline),
         figures=_figures(study_dir / "figures", fitting(results.plan)),
-        examples=examples(results),
+        examples=shown,
+        tags=TAGS,
+        used_tags={tag for example in shown["shown"] for tag in example["tags"]},
+        verdicts=["all", *(verdict for verdict in VERDICTS if verdict in {row["verdict"] for row in rows})],
+        metric=METRIC_NAMES[results.metric],
+        all_pairs=pair_rows(results),
+        cannot_claim=results.comparison.get("cannot_claim", []),
         findings=findings(results),
+        advice=advice(results),
         datasets=data_reports(results),
         split_columns=SPLIT_COLUMNS,
         differing=differing,
@@ -134,8 +141,7 @@ def _groups(results: Results, arms: list[str]) -> dict[str, list[str]]:
     sign = 1 if results.metric in LOWER_IS_BETTER else -1
     for group in groups.values():
         group.sort(key=lambda arm: sign * value if math.isfinite(value := results.arms.loc[arm, results.metric]) else 0)
-    order = ("better", "equivalent", "worse", "not distinguishable", "diverged")
-    return {verdict: groups[verdict] for verdict in order if verdict in groups}
+    return {verdict: groups[verdict] for verdict in VERDICTS if verdict in groups}
 
 
 def _clause(results: Results, verdict: str, arms: list[str], baseline: str) -> str:
@@ -200,6 +206,20 @@ def learned(results: Results) -> str:
     return "Training lowered the validation loss of every arm below that of its own untrained base model."
 
 
+def pair_rows(results: Results) -> list[dict]:
+    """One row a pair of arms in the primary metric, as `pairs.tsv` has them: names, cells."""
+    rows = []
+    for row in results.pairs[results.pairs["metric"] == results.metric].to_dict("records"):
+        finite = math.isfinite(row["difference"])
+        detail = f"[{decimal(row['low'])}, {decimal(row['high'])}]" if finite else ""
+        difference = Cell(decimal(row["difference"], sign=True), row["difference"] if finite else "", detail=detail)
+        verdict = row["verdict"] if finite else "diverged"
+        p = Cell(decimal(row["p_adjusted"]), row["p_adjusted"] if math.isfinite(row["p_adjusted"]) else "")
+        names = {name: results.label(row[name]) for name in ("arm", "other")}
+        rows.append(names | {"cells": [difference, Cell(verdict, verdict), p]})
+    return rows
+
+
 def _facts(results: Results) -> list[tuple[str, str]]:
     runs = {run["run"] for run in results.plan["runs"] if run["train"]}
     seconds = sum(results.training[run]["train_seconds"] for run in runs if run in results.training)
@@ -253,6 +273,7 @@ def arm_rows(results: Results) -> list[dict]:
                 "label": results.label(arm),
                 "baseline": arm == results.baseline,
                 "untrained": arm not in results.trained,
+                "verdict": cells[1].text,
                 "place": place,
                 "estimate": estimate,
                 "cells": cells,
@@ -331,109 +352,6 @@ def _figures(folder: Path, names: tuple[str, ...]) -> list[dict]:
     return figures
 
 
-# ---- examples --------------------------------------------------------------------------------------------------------
-
-
-def examples(results: Results) -> dict:
-    """Return sample predictions of every arm beside its untrained base.
-
-    Those where the arms gained and lost most against their own bases in the primary metric (mean over arms), and a
-    few at random, always the same ones.
-
-    Returns:
-        `columns` (label, run, whether trained), `shown`, `total`, `missing` (a sentence, or empty).
-    """
-    columns = _example_columns(results)
-    tables = {column["run"]: _predictions(results, column["run"]) for column in columns}
-    empty = {"columns": columns, "shown": [], "total": 0}
-    if any(table is None for table in tables.values()):
-        return empty | {"missing": "The predictions are not on this machine: `dvc pull` brings them."}
-    ids = list(next(iter(tables.values()), {}))
-    if not ids:
-        return empty | {"missing": "No answers were generated in this study (evaluation.generate)."}
-    gains = {key: _gain(results, columns, tables, key) for key in ids}
-    shown = [_example(key, tag, gains[key], columns, tables, results.metric) for key, tag in _chosen(gains)]
-    return {"columns": columns, "shown": shown, "total": len(ids), "missing": ""}
-
-
-def _example_columns(results: Results) -> list[dict]:
-    names = {run["run"]: run["arm"] for run in results.plan["runs"] if not run["train"]}
-    trained = [
-        {"arm": arm, "label": results.label(arm), "run": results.selected_runs(arm)[0], "base": results.base_of(arm)}
-        for arm in results.trained
-    ]
-    bases = list(dict.fromkeys(column["base"] for column in trained if column["base"] in names))
-    untrained = [{"arm": names[run], "label": results.label(names[run]), "run": run, "base": None} for run in bases]
-    return untrained + trained
-
-
-def _predictions(results: Results, run: str) -> dict[str, dict] | None:
-    path = results.folder / "runs" / run / "predictions.jsonl"
-    if not path.exists():
-        return None
-    with path.open(encoding="utf-8") as file:
-        rows = (json.loads(line) for line in file)
-        split = results.comparison["split"]
-        return {row["id"]: row for row in rows if row["split"] == split and row["prediction"] is not None}
-
-
-def _score(row: dict, metric: str) -> float:
-    """The example's score, the larger the better."""
-    if metric in row["scores"]:
-        return row["scores"][metric]
-    return -row["nll"] / row["label_tokens"] if row["nll"] is not None and row["label_tokens"] else float("nan")
-
-
-def _gain(results: Results, columns: list[dict], tables: dict[str, dict], key: str) -> float:
-    """Mean over the trained arms of score minus the score of the arm's own base; 0 where there is no base."""
-    metric = results.metric
-    gains = [
-        _score(tables[column["run"]][key], metric) - _score(tables[column["base"]][key], metric)
-        for column in columns
-        if column["base"] in tables
-    ]
-    gains = [gain for gain in gains if math.isfinite(gain)]
-    return sum(gains) / len(gains) if gains else 0.0
-
-
-def _chosen(gains: dict[str, float]) -> list[tuple[str, str]]:
-    """`(id, tag)` of the examples to show."""
-    order = sorted(gains, key=lambda key: -gains[key])
-    better = [key for key in order[:GAINS] if gains[key] > 0]
-    worse = [key for key in order[::-1][:LOSSES] if gains[key] < 0]
-    rest = [key for key in gains if key not in {*better, *worse}]
-    drawn = random.Random(0).sample(rest, min(RANDOM, len(rest)))
-    tagged = [(better, "largest gain"), (worse, "largest loss"), (drawn, "random")]
-    return [(key, tag) for keys, tag in tagged for key in keys]
-
-
-def _example(key: str, tag: str, gain: float, columns: list[dict], tables: dict[str, dict], metric: str) -> dict:
-    first = tables[columns[0]["run"]][key]
-    answers = []
-    for column in columns:
-        row = tables[column["run"]][key]
-        change = _score(row, metric) - _score(tables[column["base"]][key], metric) if column["base"] in tables else None
-        answers.append(
-            {
-                "arm": column["arm"],
-                "label": column["label"],
-                "text": row["prediction"],
-                "score": decimal(abs(_score(row, metric))),
-                "change": None if change is None else decimal(change, sign=True),
-                "up": change is not None and change > 0,
-                "trained": column["base"] is not None,
-            }
-        )
-    return {
-        "id": key,
-        "tag": tag,
-        "gain": decimal(gain, sign=True),
-        "prompt": first["prompt"],
-        "reference": first["reference"],
-        "answers": answers,
-    }
-
-
 # ---- findings and data -----------------------------------------------------------------------------------------------
 
 
@@ -450,6 +368,33 @@ def findings(results: Results) -> list[dict]:
     unique = {tuple(sorted((key, str(value)) for key, value in finding.items())): finding for finding in found}
     rank = {severity: index for index, severity in enumerate(SEVERITIES)}
     return sorted(unique.values(), key=lambda finding: rank.get(finding.get("severity", "note"), len(rank)))
+
+
+def advice(results: Results) -> dict:
+    """What `advice.json` says: `entries` (severity, place, message, mend, change, evidence as texts), `next_study`,
+    `changes`."""
+    found = results.advice.get("advice", [])
+    rank = {severity: index for index, severity in enumerate(SEVERITIES)}
+    entries = [
+        {key: entry.get(key) or "" for key in ("severity", "place", "message", "mend")}
+        | {
+            "change": _change(entry.get("change")),
+            "evidence": [_evidence(fact) for fact in entry.get("evidence") or []],
+        }
+        for entry in sorted(found, key=lambda entry: rank.get(entry.get("severity"), len(rank)))
+    ]
+    next_study = results.advice.get("next_study")
+    return {"entries": entries, "next_study": next_study, "changes": results.advice.get("changes") or []}
+
+
+def _change(change: dict | None) -> str:
+    return f"{change['key']}: {plain(change.get('from'))} → {plain(change.get('to'))}" if change else ""
+
+
+def _evidence(fact: dict) -> str:
+    step = "" if fact.get("step") is None else f" at step {fact['step']}"
+    limit = "" if fact.get("threshold") is None else f" (threshold {plain(fact['threshold'])})"
+    return f"{fact.get('run', '')}{step}: {fact.get('what', '')} {plain(fact.get('value'))}{limit}"
 
 
 def data_reports(results: Results) -> list[dict]:
