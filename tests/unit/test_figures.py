@@ -315,6 +315,10 @@ def test_the_pareto_front_has_the_arms_that_no_other_beats_at_no_more_cost(tmp_p
         }
         assert set(table.index[table[f"front_{column}"]]) == front
     assert set(table.index[table["front_peak_memory_gib"]]) == {"lora", "qlora"}
+    pairs = pd.DataFrame([{"metric": "rougeL", "arm": "qlora", "other": "lora", "verdict": "not distinguishable"}])
+    pairs.to_csv(study / "comparison/pairs.tsv", sep="\t", index=False)
+    assert title(cost.plot(study)[0]).endswith("QLoRA (nf4) needs less memory and is not shown to be worse")
+    pairs.assign(verdict="worse").to_csv(study / "comparison/pairs.tsv", sep="\t", index=False)
     assert title(cost.plot(study)[0]).endswith("QLoRA (nf4) needs less memory")
 
 

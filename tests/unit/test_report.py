@@ -157,7 +157,7 @@ def test_answer_without_a_verdict_claims_neither_difference_nor_equality(tmp_pat
     )
     detectable = pd.read_csv(study / "comparison/comparisons.tsv", sep="\t").query(
         "metric == 'rougeL' and arm in ['lora', 'qlora']"
-    )["smallest_detectable_difference"]
+    )["smallest_detectable_adjusted"]
     assert second == (
         f"With 2 seeds the study could reliably see only differences above {detectable.max():.2g} in ROUGE-L, "
         "so it cannot claim that these arms and Full are equally good."

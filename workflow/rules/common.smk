@@ -4,6 +4,7 @@ import functools
 import gc
 import inspect
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ atexit.register(gc.freeze)
 
 # Which study was asked for and where checkpoints live change no result: they reach the commands as environment
 # variables, not as tracked parameters.
+os.environ["FINEGRID_STUDY"] = config["study"]  # for the metadata of `snakemake --report`
 shell.prefix(
     f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])} "
     f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))}; "

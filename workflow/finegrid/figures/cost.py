@@ -156,8 +156,13 @@ def _message(study: Study, table: pd.DataFrame) -> str:
     alone = [cost.word for cost in COSTS if table.loc[table[f"front_{cost.column}"], "arm"].tolist() == [best["arm"]]]
     if len(alone) == len(COSTS):
         return f"{text} and is the cheapest in each way"
-    front = table.loc[table["front_peak_memory_gib"] & (table["arm"] != best["arm"]), "label"].tolist()
-    if not front:
+    less = known[(known["peak_memory_gib"] < best["peak_memory_gib"]) & (known["arm"] != best["arm"])]
+    if less.empty:
         return f"{text} and needs the least memory"
-    which = style.few(front, f"{len(front)} arms")
-    return f"{text}; {which} need{'s' if len(front) == 1 else ''} less memory"
+    # The best mean alone would make a winner of what the comparison does not set apart.
+    equal = [arm for arm in less["arm"] if not study.apart(arm, best["arm"])]
+    names = [study.label(arm) for arm in equal or less["arm"]]
+    which = style.few(names, f"{len(names)} arms")
+    one = len(names) == 1
+    text = f"{text}; {which} need{'s' if one else ''} less memory"
+    return f"{text} and {'is' if one else 'are'} not shown to be worse" if equal else text

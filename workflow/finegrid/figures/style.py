@@ -113,6 +113,23 @@ class Study:
         """A level's name in print."""
         return self.level_names.get((factor, level), design.RECIPE if level is None else level)
 
+    @cached_property
+    def _apart(self) -> set[frozenset[str]]:
+        """Pairs of arms that the primary metric was shown to set apart."""
+        tables = [self.comparisons.rename(columns={"baseline": "other"})]
+        if (pairs := self.folder / "comparison" / "pairs.tsv").exists():
+            tables.insert(0, pd.read_csv(pairs, sep="\t", dtype={"arm": str, "other": str}, keep_default_na=False))
+        verdicts: dict[frozenset[str], str] = {}
+        for table in tables:  # the comparison with the baseline counts where both have the pair
+            rows = table[table["metric"] == self.plan.metric]
+            for arm, other, found in zip(rows["arm"], rows["other"], rows["verdict"], strict=True):
+                verdicts[frozenset((arm, other))] = found
+        return {pair for pair, found in verdicts.items() if found in ("better", "worse")}
+
+    def apart(self, arm: str, other: str) -> bool:
+        """Whether a verdict says that one of the two arms is better in the primary metric."""
+        return frozenset((arm, other)) in self._apart
+
     @property
     def lower_is_better(self) -> bool:
         """Whether the primary metric is one of which less is better."""

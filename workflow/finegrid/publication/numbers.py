@@ -127,6 +127,7 @@ def _differences(results: Results, arm: str) -> dict[str, str | None]:
         values[f"{name}P"] = _p_value(row["p_adjusted"])
         values[f"{name}Verdict"] = row["verdict"]
         values[f"{name}Detectable"] = _decimal(row["smallest_detectable_difference"], 3)
+        values[f"{name}DetectableAdjusted"] = _decimal(row.get("smallest_detectable_adjusted"), 3)
     return values
 
 

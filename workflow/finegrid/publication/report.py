@@ -178,7 +178,7 @@ def _limits(results: Results, undecided: list[str]) -> str:
             "With one seed this speaks of these trained models alone: it cannot claim that one method beats another, "
             "because the spread between seeds was not measured."
         )
-    detectable = [results.difference(arm, results.metric)["smallest_detectable_difference"] for arm in undecided]
+    detectable = [_detectable(results.difference(arm, results.metric)) for arm in undecided]
     detectable = [value for value in detectable if math.isfinite(value)]
     if detectable:
         return (
@@ -190,6 +190,12 @@ def _limits(results: Results, undecided: list[str]) -> str:
         f"This rests on {seeds} seeds, these data and this budget: it cannot claim that the order holds for another "
         "model, data set or length of training."
     )
+
+
+def _detectable(row: dict) -> float:
+    """The smallest difference that the test of a verdict would have found: adjusted, where that is known."""
+    adjusted = row.get("smallest_detectable_adjusted", math.nan)
+    return adjusted if math.isfinite(adjusted) else row["smallest_detectable_difference"]
 
 
 def learned(results: Results) -> str:
@@ -214,7 +220,7 @@ def pair_rows(results: Results) -> list[dict]:
         detail = f"[{decimal(row['low'])}, {decimal(row['high'])}]" if finite else ""
         difference = Cell(decimal(row["difference"], sign=True), row["difference"] if finite else "", detail=detail)
         verdict = row["verdict"] if finite else "diverged"
-        p = Cell(decimal(row["p_adjusted"]), row["p_adjusted"] if math.isfinite(row["p_adjusted"]) else "")
+        p = Cell(_p_value(row["p_adjusted"]), row["p_adjusted"] if math.isfinite(row["p_adjusted"]) else "")
         names = {name: results.label(row[name]) for name in ("arm", "other")}
         rows.append(names | {"cells": [difference, Cell(verdict, verdict), p]})
     return rows
@@ -248,7 +254,10 @@ def arm_columns(results: Results) -> list[tuple[str, str]]:
     columns = [("Arm", "click a head to sort"), (METRIC_NAMES[results.metric], f"mean, 95 % interval; {better['f1']}")]
     if results.metric in LOWER_IS_BETTER:
         columns[1] = (METRIC_NAMES[results.metric], f"mean, 95 % interval; {better['loss']}")
-    columns += [("Difference", f"to {results.label(results.baseline)}, 95 % interval"), ("Verdict", "after Holm")]
+    columns += [
+        ("Difference", f"to {results.label(results.baseline)}, 95 % interval"),
+        ("Verdict", "p adjusted (Holm)"),
+    ]
     columns += [(METRIC_NAMES[name], better[name]) for name in results.metrics if name != results.metric]
     return [*columns, *COSTS.values(), ("Seeds", "")]
 
@@ -303,7 +312,13 @@ def _verdict_cell(results: Results, arm: str) -> Cell:
         return Cell("baseline", "baseline")
     if not math.isfinite(row["difference"]):
         return Cell("diverged", "diverged")
-    return Cell(row["verdict"], row["verdict"], detail=f"p = {row['p_adjusted']:.3f}")
+    return Cell(row["verdict"], row["verdict"], detail=_p_value(row["p_adjusted"], "p "))
+
+
+def _p_value(p: float, before: str = "") -> str:
+    if not math.isfinite(p):
+        return NOTHING
+    return f"{before}< 0.001" if p < 0.001 else f"{before}= {p:.3f}" if before else f"{p:.3f}"
 
 
 def _cost_cell(name: str, value: float) -> Cell:

@@ -309,6 +309,7 @@ def _tsv(path: Path) -> pd.DataFrame:
     numbers = {f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")}
     numbers |= {f"corpus_{name}{end}" for name in ("bleu", "chrf") for end in ("", "_low", "_high")}
     numbers |= {"difference", "low", "high", "p", "p_adjusted", "smallest_detectable_difference"}
+    numbers |= {"smallest_detectable_adjusted"}
     numbers |= {"peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters"}
     numbers |= {"validation_loss", "base_validation_loss", *_COUNTS}
     for name in numbers & set(table.columns):
