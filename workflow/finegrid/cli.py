@@ -344,10 +344,13 @@ def compare(study: StudyName, log: Log = None) -> None:
     """Compare the arms of a study: estimates, intervals, verdicts."""
     with _stage(f"compare {study}", log):
         from finegrid.analysis.compare import compare
+        from finegrid.provenance import other_versions
 
         the_study = _study(study)
         results = layout.RESULTS / the_study.name
         runs = [run.id for run in the_study.all_runs]
+        if problems := other_versions({run.id: results / "provenance" / f"{run.id}.json" for run in the_study.runs}):
+            raise UserError(*problems)
         compare(
             results / "plan.json",
             metrics=[results / "metrics" / f"{run}.json" for run in runs],
@@ -365,8 +368,10 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
         import importlib
 
         from finegrid.figures import FIGURES, NEEDS, PLAN_FIGURES, fitting
+        from finegrid.figures.stamp import stamped
         from finegrid.fingerprint import code_fingerprint
         from finegrid.plan import plan_settings
+        from finegrid.provenance import drawn_at
 
         if name not in FIGURES:
             raise UserError(f"figure '{name}': no such figure; there are {', '.join(FIGURES)}{nearest(name, FIGURES)}")
@@ -376,9 +381,12 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
         if name not in fits:
             raise UserError(f"figure '{name}': needs {NEEDS[name]}; of {study} there are {', '.join(fits)}")
         results = layout.RESULTS / the_study.name
-        importlib.import_module(module).draw(results, results / "figures" / name)
         inputs = {"plan.json": results / "plan.json"} if name in PLAN_FIGURES else _study_inputs(the_study)
-        _write_study_provenance(the_study, results / "figures" / f"{name}.json", inputs, code_fingerprint(module))
+        record, code = results / "figures" / f"{name}.json", code_fingerprint(module)
+        made_at = drawn_at(Path.cwd(), record, inputs, code)
+        with stamped(the_study.name, made_at):
+            importlib.import_module(module).draw(results, results / "figures" / name)
+        _write_study_provenance(the_study, record, inputs, code, made_at)
 
 
 @app.command()
@@ -583,6 +591,8 @@ def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
         device=summary["device"],
         seed=run.seed,
         command=_command(),
+        outputs=provenance.hashes_of(layout.weights_folder(study.name, run)),
+        data_version=provenance.data_version(layout.tokens_folder(run) / "report.json"),
         **_training_facts(run),
     )
 
@@ -593,10 +603,13 @@ def _study_inputs(study: Study) -> dict[str, Path]:
     return inputs | {f"metrics/{run.id}": results / "metrics" / f"{run.id}.json" for run in study.all_runs}
 
 
-def _write_study_provenance(study: Study, output: Path, inputs: dict[str, Path], code: str) -> None:
+def _write_study_provenance(
+    study: Study, output: Path, inputs: dict[str, Path], code: str, made_at: dict[str, object] | None = None
+) -> None:
     from finegrid import provenance
 
-    provenance.write(output, Path.cwd(), inputs=inputs, study=study.name, code=code, command=_command())
+    facts = {"study": study.name, "code": code, "command": _command()}
+    provenance.write(output, Path.cwd(), inputs=inputs, made_at=made_at, **facts)
 
 
 def _command() -> str:

@@ -6,6 +6,7 @@ another machine does not make anything stale.
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -15,10 +16,13 @@ from pathlib import Path
 from finegrid.files import write_json
 from finegrid.fingerprint import file_hash
 
+WRITTEN = ("results", "dvc.yaml", "dvc.lock")
 PACKAGES = [
     "accelerate",
     "bitsandbytes",
     "datasets",
+    "deepspeed",
+    "dvc",
     "finegrid",
     "numpy",
     "pandas",
@@ -33,22 +37,30 @@ PACKAGES = [
 ]
 
 
-def write(output: Path, project: Path, *, inputs: dict[str, Path], **facts: object) -> None:
+def write(
+    output: Path,
+    project: Path,
+    *,
+    inputs: dict[str, Path],
+    made_at: dict[str, object] | None = None,
+    **facts: object,
+) -> None:
     """Write ``output``: the given facts, the hash of each input file, and what is true of this machine and checkout.
 
     Args:
         inputs: name -> file whose SHA-256 is recorded; a missing file is recorded as null.
+        made_at: ``commit`` and ``dirty`` to record; default: those of the checkout.
         facts: further JSON-able entries, such as ``run``, ``seed``, ``settings_hash``, ``code``, ``command``.
     """
     record = {
         **facts,
-        **commit(project),
+        **(made_at or commit(project)),
         "inputs": {
             name: {"file": path.as_posix(), "sha256": file_hash(project / path) if (project / path).is_file() else None}
             for name, path in inputs.items()
         },
         "lock": file_hash(project / "envs/lock.txt") if (project / "envs/lock.txt").exists() else None,
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -57,9 +69,76 @@ def write(output: Path, project: Path, *, inputs: dict[str, Path], **facts: obje
 
 
 def commit(project: Path) -> dict[str, object]:
-    """Return ``commit`` and ``dirty`` (tracked files differ from it); both null outside a git checkout."""
+    """Return ``commit`` and ``dirty`` (code or settings differ from it); both null outside a git checkout.
+
+    Results, ``dvc.yaml`` and ``dvc.lock`` are what a workflow writes: they make nothing dirty.
+    """
     head = _git(project, "rev-parse", "HEAD")
-    return {"commit": head, "dirty": None if head is None else bool(_git(project, "status", "--porcelain", "-uno"))}
+    changed = _git(project, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return {"commit": head, "dirty": None if head is None else bool(changed)}
+
+
+def drawn_at(project: Path, figure: Path, inputs: dict[str, Path], code: str) -> dict[str, object]:
+    """Return ``commit`` and ``dirty`` of a figure: those that git has of it, if it is drawn from the same by the same.
+
+    So the commit in a figure's metadata is the one whose code first drew it, and drawing it again at any later commit
+    gives the same bytes.
+
+    Args:
+        figure: its provenance file, relative to the project.
+        inputs: name -> file that it is drawn from.
+        code: fingerprint of the code that draws it.
+    """
+    try:
+        known = json.loads(_git(project, "show", f"HEAD:./{figure.as_posix()}") or "{}")
+        before = {name: entry["sha256"] for name, entry in known.get("inputs", {}).items()}
+    except (ValueError, AttributeError, KeyError, TypeError):  # an older or foreign file of that name
+        return commit(project)
+    now = {name: file_hash(project / path) for name, path in inputs.items() if (project / path).is_file()}
+    if known.get("commit") and known.get("code") == code and before == now:
+        return {"commit": known["commit"], "dirty": known.get("dirty")}
+    return commit(project)
+
+
+def data_version(report: Path) -> dict[str, str]:
+    """Return raw file -> SHA-256 when it was imported, from the report of a token set; of a hub's data, its name.
+
+    Raises:
+        FileNotFoundError: there is no such report.
+    """
+    imported = json.loads(report.read_text(encoding="utf-8"))["clean"]["import"]
+    files = [entry for entries in imported["files"].values() for entry in entries]
+    return {entry["file"]: entry.get("sha256", entry["file"]) for entry in files}
+
+
+def other_versions(records: dict[str, Path]) -> list[str]:
+    """Return what is wrong with comparing runs that were trained on different versions of one raw file.
+
+    Args:
+        records: run -> its provenance file; one that says nothing of its data is passed over.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    problems = []
+    for run, path in records.items():
+        versions = json.loads(path.read_text(encoding="utf-8")).get("data_version", {}) if path.is_file() else {}
+        for file, version in versions.items():
+            before, other = first.setdefault(file, (version, run))
+            if version != before:
+                problems.append(
+                    f"run {run}: trained on version {version[:12]} of {file}, but {other} on {before[:12]}; expected "
+                    "one version for all runs of a comparison: train the older ones anew"
+                )
+    return problems
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Return path -> SHA-256 of the files in a folder, such as a run's weights."""
+    return {path.as_posix(): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def package_versions() -> dict[str, str]:
+    """Return name -> version of the packages that results hang on, as installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def _git(project: Path, *arguments: str) -> str | None:

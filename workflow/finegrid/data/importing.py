@@ -34,6 +34,7 @@ from finegrid.data.rows import (
 )
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
+from finegrid.fingerprint import file_hash
 
 if TYPE_CHECKING:
     from finegrid.settings import DataConfig, RunSettings
@@ -107,7 +108,7 @@ class _Import:
                 else:
                     if number == before and not self.problems.count:
                         self.problems.add(f"{source}: the file has no rows; expected some")
-                self.files[split].append(seen | {"rows": number - before})
+                self.files[split].append(seen | {"rows": number - before} | self._version(source))
         return number
 
     def _rows(self, split: str, source: str, seen: dict[str, Any]) -> Iterator[tuple[str, Row]]:
@@ -137,6 +138,11 @@ class _Import:
             self.problems.add(f"{source}:{line}: {problem}")
 
         return read_rows(self.project / source, self.config.encoding, report)
+
+    def _version(self, source: str) -> dict[str, str]:
+        """What names the version of a source for good: a file's content, or the hub's commit, which is in its name."""
+        path = self.project / source
+        return {"sha256": file_hash(path)} if not self.config.dataset and path.is_file() else {}
 
     def _line(self, split: str, number: int, place: str, row: Row) -> bytes:
         row["id"] = row["id"] or f"{split}-{number}"

@@ -32,6 +32,7 @@ from matplotlib.lines import Line2D
 from finegrid.analysis.scores import Arm, Plan, load_plan
 from finegrid.errors import UserError
 from finegrid.figures import design
+from finegrid.figures.stamp import pdf_metadata, png_metadata
 from finegrid.files import whole
 
 SINGLE, DOUBLE = 3.3, 6.8  # column widths in inches
@@ -401,7 +402,7 @@ def save(figure: Figure, table: pd.DataFrame, output: Path) -> None:
             writer(half)
 
     # Dates and programme versions would change the bytes of the same figure.
-    write(".pdf", lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
-    write(".png", lambda path: figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None}))
+    write(".pdf", lambda path: figure.savefig(path, format="pdf", metadata=pdf_metadata()))
+    write(".png", lambda path: figure.savefig(path, format="png", dpi=DPI, metadata=png_metadata()))
     write(".csv", lambda path: table.to_csv(path, index=False, lineterminator="\n", float_format="%.8g"))
     plt.close(figure)
