@@ -2,6 +2,7 @@
 #
 #   make demo      the demo study, from raw data to the report (STUDY=name: another; CORES, MEMORY_MB: what it may use)
 #   make orphans   what a killed snakemake left running: keep or end it, then unlock (STUDY=name)
+#   make restore   a study's results, brought from the DVC remote after a clone (STUDY=name, RUN=id: that run alone)
 #   make test      all tests
 #   make lint      ruff, snakefmt, snakemake --lint
 #   make setup     only the environment (then: source .venv/bin/activate)
@@ -17,7 +18,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo orphans test lint setup lock
+.PHONY: demo orphans restore test lint setup lock
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo.done
@@ -26,6 +27,9 @@ demo: .venv/demo.done
 
 orphans: .venv/base.done
 	@finegrid orphans $(STUDY)
+
+restore: .venv/base.done
+	@finegrid restore $(STUDY) $(if $(RUN),--run $(RUN))
 
 test: .venv/demo.done .venv/test.done
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(CORES) --dist loadfile

@@ -25,11 +25,20 @@ plan_of(config["study"])  # a mistake in the study is told now
 
 if workflow.is_main_process:
     controllers.tell_of_others(config["study"], sys.argv)
+    put_back_records(config["study"])
 
 
 onstart:
     if workflow.is_main_process:
         controllers.begin(config["study"])
+
+
+onsuccess:
+    versions.finish(config["study"])
+
+
+onerror:
+    versions.finish(config["study"])
 
 
 report: "workflow/report/workflow.rst"

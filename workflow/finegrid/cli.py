@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finegrid import layout
+from finegrid import layout, versions_cli
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
 from finegrid.training import launch
@@ -53,6 +53,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Finegrid: from a declared study of fine-tuning settings to trained runs, honest comparisons and figures.",
 )
+
+app.add_typer(versions_cli.app)
 
 
 def main() -> None:

@@ -470,7 +470,8 @@ def check_files(settings: RunSettings, project: Path, place: str = "recipe", mad
             if not isinstance(path, str) or path.startswith(("{", *made)):
                 continue
             if not (project / path).exists():
-                findings.problem(key, f"there is no '{path}'; expected it relative to the project folder")
+                versioned = f"; `dvc pull {path}` brings it" if (project / f"{path}.dvc").exists() else ""
+                findings.problem(key, f"there is no '{path}'; expected it relative to the project folder{versioned}")
     return findings.problems
 
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from finegrid import controllers, layout
+from finegrid import controllers, layout, records, versions
 from finegrid.errors import UserError
 from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
@@ -99,6 +99,15 @@ def stop(error):
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(1)
+
+
+def put_back_records(study):
+    """Make Snakemake know the finished jobs that git brought, after a clone or a checkout."""
+    try:
+        for note in records.put_back(study):
+            print(note, file=sys.stderr)
+    except UserError as error:
+        stop(error)
 
 
 @functools.cache
