@@ -16,19 +16,22 @@ ROWS = 22
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
-def recipe(gpus: int = 1, peft_config: dict | None = None, data: dict | None = None, **arguments) -> RunSettings:
+def recipe(
+    gpus: int = 1, nodes: int = 1, peft_config: dict | None = None, data: dict | None = None, **arguments
+) -> RunSettings:
     return RunSettings(
         model={"model_name_or_path": "data/models/tiny"},
         data_config={"train_file": "train.jsonl", "val_file": "val.jsonl"} | (data or {}),
         peft_config=peft_config,
         training_args={"use_cpu": True, "per_device_train_batch_size": 4} | arguments,
         gpus=gpus,
+        nodes=nodes,
     )
 
 
-def count(rows: int | None = ROWS, gpus: int = 1, **arguments) -> dict:
+def count(rows: int | None = ROWS, gpus: int = 1, nodes: int = 1, **arguments) -> dict:
     known = (rows, 10 * rows, 30 * rows) if rows is not None else (None, None, None)
-    return training_arithmetic(recipe(gpus, **arguments), *known)
+    return training_arithmetic(recipe(gpus, nodes, **arguments), *known)
 
 
 # --- steps, epochs and batches ---
@@ -79,6 +82,12 @@ def test_a_batch_is_the_product_of_its_three_factors():
     ours = count(gpus=8, gradient_accumulation_steps=3, max_steps=1)
     parts = ("per_device_train_batch_size", "gpus", "gradient_accumulation_steps", "effective_batch_size")
     assert [ours[key] for key in parts] == [4, 8, 3, 96]
+
+
+def test_several_nodes_count_as_so_many_gpus():
+    one, two = count(gpus=8, max_steps=7), count(gpus=4, nodes=2, max_steps=7)
+    assert (one.pop("nodes"), two.pop("nodes")) == (1, 2)
+    assert one == two
 
 
 def test_rows_that_make_no_whole_batch_train_nothing():

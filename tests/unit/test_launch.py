@@ -187,6 +187,9 @@ def project(tiny_model_dir, tmp_path_factory) -> Project:
         "long": ACCUMULATED | LONG | {"peft_config": LORA},
         "two full": {"gpus": 2},
         "two lora": {"gpus": 2, "peft_config": LORA},
+        "four lora": {"gpus": 4, "training_args.per_device_train_batch_size": 2, "peft_config": LORA},
+        "fsdp full": {"gpus": 2, "training_args.fsdp": True},
+        "fsdp lora": {"gpus": 2, "peft_config": LORA, "training_args.fsdp": True},
         "two long": {"gpus": 2, "peft_config": LORA, **LONG},
         "zero2": {"gpus": 2, **deepspeed("zero2")},
         "zero3": {"gpus": 2, **deepspeed("zero3")},
@@ -213,6 +216,26 @@ def test_two_processes_train_like_one_and_side_by_side_with_others(project):
         for name in (f"settings/{run}.json", f"provenance/{run}.json"):
             assert (project.folder / "results/study" / name).exists()
         assert not (project.folder / "scratch/study" / run).exists()
+
+
+@pytest.mark.slow
+def test_four_processes_train_like_one(project):
+    project.train("four lora")
+    assert_same_curve(project.history("four lora"), project.train_here("lora"), tolerance=1e-4)
+    assert project.summary("four lora")["effective_batch_size"] == 8
+    assert_plain_libraries_load_it(project, "four lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_fsdp_trains_like_the_plain_run(project, method):
+    arm = f"fsdp {method}"
+    project.train(arm)
+    assert_same_curve(project.history(arm), project.train_here(method), tolerance=1e-4)
+    assert_plain_libraries_load_it(project, arm)
+    assert saved_tensors(project, arm) == saved_tensors(project, method)
+    for key in ("trainable_parameters", "total_parameters", "effective_batch_size", "label_tokens"):
+        assert project.summary(arm)[key] == project.summary(method)[key], key
 
 
 @pytest.mark.slow
@@ -287,20 +310,31 @@ def test_a_mistake_that_one_process_meets_is_told_once(tiny_model_dir, tmp_path)
 
 
 def test_more_gpus_than_the_machine_shows_are_refused_with_both_numbers():
-    def settings(**training_args) -> RunSettings:
-        return RunSettings(model={"model_name_or_path": "m"}, gpus=4, training_args=training_args)
-
     with pytest.raises(UserError, match=r"asks for 4, but this machine shows 2"):
-        launch.check_gpus(settings(), visible=2)
-    launch.check_gpus(settings(), visible=4)
-    launch.check_gpus(settings(), visible=0)  # on the CPU
-    launch.check_gpus(settings(use_cpu=True), visible=2)
+        launch.check_gpus(4, visible=2)
+    launch.check_gpus(4, visible=4)
+    launch.check_gpus(4, visible=0)  # on the CPU
+    launch.check_gpus(4, visible=2, use_cpu=True)
 
 
-def test_only_several_gpus_and_deepspeed_need_a_launcher():
+def test_fewer_nodes_than_asked_for_are_refused_with_both_numbers(monkeypatch):
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"asks for 2, but this is no job of Slurm"):
+        launch.check_nodes(2)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    with pytest.raises(UserError, match=r"asks for 2, but this job has 1"):
+        launch.check_nodes(2)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    launch.check_nodes(2)
+
+
+def test_only_several_processes_deepspeed_and_fsdp_need_a_launcher():
     def needs(**keys) -> bool:
         return launch.is_needed(RunSettings(model={"model_name_or_path": "m"}, **keys))
 
     assert not needs()
     assert needs(gpus=2)
+    assert needs(nodes=2)
+    assert needs(training_args={"fsdp": True})
     assert needs(training_args={"deepspeed": "config/deepspeed/zero2.json"})

@@ -305,6 +305,7 @@ QLORA_RECIPE = RECIPE | {"quantization_config": NF4}
         ("generation_config.num_beams", [1, 4], "id"),
         ("evaluation.language", ["en", "zh"], "id"),
         ("gpus", [1, 4], "id"),
+        ("nodes", [1, 2], "id"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -333,6 +334,9 @@ def test_accumulation_is_solved_for_each_arm(load):
     gpus = {"one": {}, "four": {"gpus": 4}}
     study = load({"factors": {"gpus": gpus}, "effective_batch_size": 64, "compare": None})
     assert accumulations(study) == {"one": 8, "four": 2}  # transformers' default batch is 8
+    nodes = {"one": {"nodes": 1}, "two": {"gpus": 2, "nodes": 2}}
+    study = load({"factors": {"nodes": nodes}, "effective_batch_size": 64, "compare": None})
+    assert accumulations(study) == {"one": 8, "two": 2}
 
 
 def test_a_solved_accumulation_names_runs_as_if_it_were_written(load):

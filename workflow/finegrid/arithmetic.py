@@ -36,13 +36,13 @@ def training_arithmetic(
         tokens: all tokens of the train split, once through, without padding.
 
     Returns:
-        ``per_device_train_batch_size``, ``gpus``, ``gradient_accumulation_steps`` and ``effective_batch_size``, their
-        product, in rows; ``steps`` of the optimiser, ``warmup_steps`` of them, ``epochs``; ``train_rows``;
-        ``label_tokens`` and ``tokens`` seen over the run (exact for whole epochs; for a part of an epoch the rows'
-        share; rows that only fill the last batches of several GPUs carry no loss); ``evaluations`` of the validation
-        split, the one before the first step and the one after the last included; ``checkpoints`` written;
-        ``unknown``: the reason for each None. With early stopping all are the most there can be. A run that loads its
-        best model at its end evaluates it once more, unless the best is the last.
+        ``per_device_train_batch_size``, ``gpus`` (of all ``nodes``), ``gradient_accumulation_steps`` and
+        ``effective_batch_size``, their product, in rows; ``steps`` of the optimiser, ``warmup_steps`` of them,
+        ``epochs``; ``train_rows``; ``label_tokens`` and ``tokens`` seen over the run (exact for whole epochs; for a
+        part of an epoch the rows' share; rows that only fill the last batches of several GPUs carry no loss);
+        ``evaluations`` of the validation split, the one before the first step and the one after the last included;
+        ``checkpoints`` written; ``unknown``: the reason for each None. With early stopping all are the most there can
+        be. A run that loads its best model at its end evaluates it once more, unless the best is the last.
 
     Sources: ``Trainer.set_initial_training_values``, ``TrainerState.compute_steps``, ``DefaultFlowCallback``,
     ``TrainingArguments.get_warmup_steps`` of transformers 5.23; ``BatchSamplerShard`` of accelerate 1.15.
@@ -65,14 +65,15 @@ def training_arithmetic(
 
 
 def batch_sizes(settings: RunSettings) -> dict[str, int]:
-    """Return the rows of one optimiser step, ``effective_batch_size``, and its three factors."""
+    """Return the rows of one optimiser step, ``effective_batch_size``, its three factors, and the nodes."""
     batch = settings.training_arg("per_device_train_batch_size")
     accumulation = settings.training_arg("gradient_accumulation_steps")
     return {
         "per_device_train_batch_size": batch,
-        "gpus": settings.gpus,
+        "gpus": settings.processes,
+        "nodes": settings.nodes,
         "gradient_accumulation_steps": accumulation,
-        "effective_batch_size": batch * settings.gpus * accumulation,
+        "effective_batch_size": batch * settings.processes * accumulation,
     }
 
 
@@ -220,7 +221,7 @@ def has_validation(settings: RunSettings) -> bool:
 
 def _batches(settings: RunSettings, rows: int) -> int:
     """Return the batches that each GPU takes in one pass."""
-    at_once = settings.training_arg("per_device_train_batch_size") * settings.gpus
+    at_once = settings.training_arg("per_device_train_batch_size") * settings.processes
     return rows // at_once if settings.training_arg("dataloader_drop_last") else math.ceil(rows / at_once)
 
 

@@ -214,7 +214,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
             if starts_workers:
                 os.environ["FINEGRID_SCRATCH"] = str(scratch)
                 command = ["train", study, run, *(["--log", str(log)] if log else [])]
-                launch.start(the_run.settings, command, progress, stop)
+                launch.start(the_run.settings, command, progress, stop, checkpoints)
                 return
             from finegrid.training.train import train
 
@@ -238,8 +238,16 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
 
 
 @app.command()
-def evaluate(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
+def evaluate(
+    study: StudyName,
+    run: RunId,
+    gpus: Annotated[int, typer.Option(help="0: on the CPU, whatever GPUs there are.")] = 1,
+    log: Log = None,
+    scratch: Scratch = Path("scratch"),
+) -> None:
     """Score one run, or an untrained base model: predictions of every example and metrics."""
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with _stage(f"evaluate {run}", log) as progress:
         the_study = _study(study)
         the_run = the_study.run(run)

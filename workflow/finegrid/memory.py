@@ -598,7 +598,7 @@ def _plan(settings: RunSettings, shape: Shape, device: str, masked: bool, deepsp
     return _build(
         way,
         zero,
-        settings.gpus,
+        settings.processes,
         str(optim),
         bool(arguments.get("activation_checkpointing")),
         int(arguments.get("per_device_eval_batch_size") or 8) if evaluates else None,

@@ -80,7 +80,9 @@ def _listed(levels: list[str], most: int = 6) -> str:
 
 
 def _numbers(run: Mapping) -> tuple[str, ...]:
-    product = "{effective_batch_size} = {per_device_train_batch_size}×{gpus}×{gradient_accumulation_steps}"
+    nodes = run.get("nodes", 1)
+    gpus = f"({nodes}·{run['gpus'] // nodes})" if nodes > 1 else run["gpus"]
+    product = f"{{effective_batch_size}} = {{per_device_train_batch_size}}×{gpus}×{{gradient_accumulation_steps}}"
     about = "" if run["exact"] else "≈"
     memory = run["memory"]
     fits = MISFIT if run["fits"] is False else ""

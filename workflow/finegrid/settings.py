@@ -176,7 +176,15 @@ class RunSettings(Section):
     gpus: int = Field(
         1, ge=1, description="Processes that train together, one a GPU; each has `per_device_train_batch_size` rows."
     )
+    nodes: int = Field(
+        1, ge=1, description="Machines of a Slurm cluster that train one run together, each with `gpus` processes."
+    )
     early_stopping: EarlyStopping | None = Field(None, description="End a run that stopped improving, see below.")
+
+    @property
+    def processes(self) -> int:
+        """How many processes train the run together, on all its machines."""
+        return self.gpus * self.nodes
 
     @property
     def method(self) -> str:
@@ -230,6 +238,7 @@ class RunSettings(Section):
             "peft_config": self._influential_peft(),
             "quantization_config": _non_default(self.quantization_config, library_keys()["quantization_config"]),
             "gpus": self.gpus if self.gpus > 1 else None,
+            "nodes": self.nodes if self.nodes > 1 else None,
             "early_stopping": self.early_stopping.model_dump(exclude_defaults=True) if self.early_stopping else None,
         }
         return _canonical({key: value for key, value in settings.items() if value is not None})

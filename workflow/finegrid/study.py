@@ -76,7 +76,7 @@ STUDY_KEYS: dict[str, dict[str, Any]] = {
         "types": ["int"],
         "ge": 1,
         "help": "Rows of one optimiser step in every run; `training_args.gradient_accumulation_steps` is solved for: "
-        "this / (`per_device_train_batch_size` × `gpus`).",
+        "this / (`per_device_train_batch_size` × `gpus` × `nodes`).",
     },
     "seeds": {"types": ["list[int]"], "help": "One run for each; sets `training_args.seed` and `data_seed`."},
     "hardware": {
@@ -708,7 +708,7 @@ class _Batches:
     """Solves for the accumulation of each arm, and remembers what there is to tell."""
 
     effective: int | None
-    arms: dict[tuple[int, int], list[str]] = field(default_factory=dict)  # by per-device batch and GPUs
+    arms: dict[tuple[int, int, int], list[str]] = field(default_factory=dict)  # by per-device batch, GPUs and nodes
     overridden: set[int] = field(default_factory=set)
     changing: list[str] = field(default_factory=list)
 
@@ -719,13 +719,13 @@ class _Batches:
         if not isinstance(arguments.get("per_device_train_batch_size", 1), int):
             return  # told as what it is
         batch = arguments.get("per_device_train_batch_size", default)
-        gpus = checked.get("gpus") if isinstance(checked.get("gpus"), int) else 1
-        self.arms.setdefault((batch, gpus), []).append(arm)
+        gpus, nodes = (checked.get(key) if isinstance(checked.get(key), int) else 1 for key in ("gpus", "nodes"))
+        self.arms.setdefault((batch, gpus, nodes), []).append(arm)
         if arguments.get("auto_find_batch_size"):
             self.changing.append(arm)
-        if self.effective % (batch * gpus):
+        if self.effective % (batch * gpus * nodes):
             return
-        accumulation = self.effective // (batch * gpus)
+        accumulation = self.effective // (batch * gpus * nodes)
         written = arguments.get("gradient_accumulation_steps", accumulation)
         if written != accumulation:
             self.overridden.add(written)
@@ -740,9 +740,10 @@ class _Batches:
                 f"{self.effective} found, and training_args.auto_find_batch_size, which may halve the batch; "
                 "expected one of them",
             )
-        common = math.lcm(*(batch * gpus for batch, gpus in self.arms))
-        for (batch, gpus), arms in self.arms.items():
-            if self.effective % (batch * gpus):
+        common = math.lcm(*(batch * gpus * nodes for batch, gpus, nodes in self.arms))
+        for (batch, gpus, nodes), arms in self.arms.items():
+            at_once = batch * gpus * nodes
+            if self.effective % at_once:
                 names = list(dict.fromkeys(arms))
                 who = f"{'arm' if len(names) == 1 else 'arms'} {_few(names)}" if any(names) else "every run"
                 trains = "train" if len(names) > 1 else "trains"
@@ -750,9 +751,9 @@ class _Batches:
                 near = f"{below} or {below + common}" if below else f"{common}, or a smaller batch per device"
                 findings.problem(
                     key,
-                    f"{self.effective} found, but {who} {trains} {batch * gpus} rows at once "
-                    f"(per_device_train_batch_size {batch} × gpus {gpus}), and {self.effective} is no multiple of "
-                    f"that; nearest possible: {near}",
+                    f"{self.effective} found, but {who} {trains} {at_once} rows at once (per_device_train_batch_size "
+                    f"{batch} × gpus {gpus}{f' × nodes {nodes}' if nodes > 1 else ''}), and {self.effective} is no "
+                    f"multiple of that; nearest possible: {near}",
                 )
         for written in sorted(self.overridden):
             findings.note(key, f"{self.effective} decides; '{ACCUMULATION}: {written}' is overridden")
@@ -872,6 +873,7 @@ def _base_runs(
                 "training_args": {key: first.settings.training_args[key] for key in kept},
                 "peft_config": None,
                 "gpus": 1,
+                "nodes": 1,
                 "early_stopping": None,
             }
         )

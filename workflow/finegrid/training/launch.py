@@ -1,9 +1,11 @@
 """Several processes that train one run together: `finegrid train` starts itself again under torchrun, once a GPU.
 
-The launcher is torchrun's agent (``python -m torch.distributed.run --standalone``) on one node. It reads the run's
-settings and nothing else; its workers are the same command with torchrun's ``RANK`` and ``WORLD_SIZE`` in their
-environment. What the first worker says is passed on to the launcher, and so is what a worker died of, through a folder
-of the launcher's own: a user hears each thing once, whichever process met it first.
+The launcher is torchrun's agent (``python -m torch.distributed.run``). On one node it is `finegrid train` itself; on
+several it runs ``srun`` in its Slurm job, which starts this module as an agent on each node, and the agents meet at a
+rendezvous (c10d) on the job's first node. It reads the run's settings and nothing else; its workers are the same
+command with torchrun's ``RANK`` and ``WORLD_SIZE`` in their environment. What the first worker says is passed on to the
+launcher, and so is what a worker died of, through a folder of the launcher's own (on several nodes one that all of them
+see): a user hears each thing once, whichever process met it first.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,56 +44,101 @@ class ProcessFailed(Exception):
 
 
 def is_needed(settings: RunSettings) -> bool:
-    """Return whether a run needs torchrun: several GPUs, or DeepSpeed (which expects it for one process too)."""
-    return settings.gpus > 1 or bool(settings.training_args.get("deepspeed"))
+    """Return whether a run needs torchrun: several processes, or DeepSpeed or FSDP (which expect it for one too)."""
+    return settings.processes > 1 or any(settings.training_args.get(key) for key in ("deepspeed", "fsdp"))
 
 
-def check_gpus(settings: RunSettings, visible: int) -> None:
+def check_gpus(gpus: int, visible: int, use_cpu: bool = False) -> None:
     """Check that the machine shows as many GPUs as the recipe asks for; without any, the processes train on the CPU.
 
     Raises:
         UserError: names both numbers.
     """
-    if visible and settings.gpus > visible and not settings.training_args.get("use_cpu"):
+    if visible and gpus > visible and not use_cpu:
         raise UserError(
-            f"gpus: the recipe asks for {settings.gpus}, but this machine shows {visible}; expected no more than it "
+            f"gpus: the recipe asks for {gpus}, but this machine shows {visible}; expected no more than it "
             "shows (a job of a cluster sees those it was given, and CUDA_VISIBLE_DEVICES hides others)"
         )
 
 
-def start(settings: RunSettings, command: Sequence[str], say: Callable[[str], None], stop: Stop) -> None:
-    """Run ``finegrid <command>`` in ``settings.gpus`` processes; return when all of them ended well.
+def check_nodes(nodes: int) -> None:
+    """Check that this is a Slurm job with as many nodes as the recipe asks for.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    given = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES")
+    if given is None:
+        raise UserError(
+            f"nodes: the recipe asks for {nodes}, but this is no job of Slurm, whose srun starts the processes; "
+            "expected `snakemake --profile slurm`, or `sbatch --nodes`"
+        )
+    if int(given) != nodes:
+        raise UserError(
+            f"nodes: the recipe asks for {nodes}, but this job has {given}; expected as many (`sbatch --nodes={nodes}`)"
+        )
+
+
+def start(settings: RunSettings, command: Sequence[str], say: Callable[[str], None], stop: Stop, shared: Path) -> None:
+    """Run ``finegrid <command>`` in ``settings.processes`` processes; return when all of them ended well.
 
     Args:
         say: gets each line of progress of the first process.
         stop: a signal that asks the launcher to end is passed on to the workers, which save and end together.
+        shared: folder that all nodes see.
 
     Raises:
-        UserError: what a worker raised; or the machine has too few GPUs.
+        UserError: what a worker raised; or the job has too few nodes, or a machine too few GPUs.
         ProcessFailed: a worker crashed, or was killed.
         Stopped: the launcher was asked to end, and its workers have ended.
     """
-    import torch
-
-    visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    check_gpus(settings, visible)
-    on_cpu = bool(settings.training_args.get("use_cpu")) or not visible
-    if on_cpu and settings.gpus > 1:
-        say(f"{settings.gpus} processes on the CPU")
-    with tempfile.TemporaryDirectory(prefix="finegrid-") as folder, _environment(settings, folder, on_cpu):
-        stop.pass_on = functools.partial(_pass_on, Path(folder), settings.gpus)
-        with _following(Path(folder), say):
-            failures = _torchrun(settings.gpus, command)
+    use_cpu, several = bool(settings.training_args.get("use_cpu")), settings.nodes > 1
+    if several:
+        check_nodes(settings.nodes)
+        shared.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".launch-", dir=shared if several else None) as folder:
+        folder = Path(folder).resolve()
+        with _following(folder, say):
+            if several:
+                failures = _on_nodes(settings, folder, command, stop)
+            else:
+                failures = _on_this_node(settings.gpus, use_cpu, folder, command, say, stop)
         stop.pass_on = None
         if stop.asked and set(failures.values()) <= ASKED_TO_END:
             raise Stopped(stop.asked)
         if failures:
-            _raise_what_happened(Path(folder), failures, settings.gpus)
+            _raise_what_happened(folder, failures, settings.processes)
+
+
+def _on_this_node(
+    gpus: int,
+    use_cpu: bool,
+    folder: Path,
+    command: Sequence[str],
+    say: Callable[[str], None],
+    stop: Stop,
+    meeting: Sequence[str] = (),
+) -> dict[int, int]:
+    """Run the workers of this node; return the exit codes of those that failed, by rank.
+
+    Args:
+        meeting: torchrun's options on where the nodes meet; nothing for one node.
+    """
+    import torch
+
+    visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    check_gpus(gpus, visible, use_cpu)
+    on_cpu = use_cpu or not visible
+    if on_cpu and gpus > 1:
+        say(f"{gpus} processes on the CPU")
+    with _environment(gpus, folder, on_cpu):
+        stop.pass_on = functools.partial(_pass_on, folder, gpus)
+        return _torchrun(gpus, command, meeting)
 
 
 def _pass_on(folder: Path, processes: int, number: signal.Signals) -> None:
-    """Send a signal to the workers; torchrun itself would kill them after a while, whatever they are doing."""
-    workers = [int(path.read_text()) for path in folder.glob("pid-*")]
+    """Send a signal to this node's workers; torchrun itself would kill them after a while, whatever they are doing."""
+    workers = [int(path.read_text()) for path in folder.glob(f"pid-{_node()}-*")]
     if len(workers) < processes:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -98,14 +148,14 @@ def _pass_on(folder: Path, processes: int, number: signal.Signals) -> None:
             os.kill(worker, number)
 
 
-def _torchrun(processes: int, command: Sequence[str]) -> dict[int, int]:
+def _torchrun(processes: int, command: Sequence[str], meeting: Sequence[str] = ()) -> dict[int, int]:
     """Return the exit codes of failed processes by rank; a signal's number is negative."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The address by number: the name of a machine need not be known to itself. The port is any free one.
-    options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+    options = [*(meeting or ("--standalone", "--local-addr", "127.0.0.1")), "--nproc-per-node", str(processes)]
     options += ["--signals-to-handle", "SIGQUIT"]  # the others are passed on by this process
     arguments = run.parse_args([*options, "-m", "finegrid.cli"])
     arguments.training_script_args = list(command)  # torchrun would take `--log` for an option of its own
@@ -119,10 +169,10 @@ def _torchrun(processes: int, command: Sequence[str]) -> dict[int, int]:
 
 
 @contextlib.contextmanager
-def _environment(settings: RunSettings, folder: str, on_cpu: bool) -> Iterator[None]:
+def _environment(processes: int, folder: Path, on_cpu: bool) -> Iterator[None]:
     before = dict(os.environ)
-    os.environ[FOLDER] = folder
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.gpus)))
+    os.environ[FOLDER] = str(folder)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each try of IPv6 before IPv4 is a warning
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -173,6 +223,119 @@ def _raise_what_happened(folder: Path, failures: dict[int, int], processes: int)
     raise ProcessFailed(f"process {rank + 1} of {processes} {how}{hint}")
 
 
+# ---------------------------------------------------------------- several nodes
+
+
+def _on_nodes(settings: RunSettings, folder: Path, command: Sequence[str], stop: Stop) -> dict[int, int]:
+    """Start an agent on each node of this Slurm job; return the exit codes of failed workers by rank.
+
+    Slurm itself tells every process of the job when its time is over; any other request is passed on through the
+    folder, since srun would take a signal as an order to kill.
+    """
+    first = _hosts(os.environ["SLURM_JOB_NODELIST"])[0]
+    task = {
+        "gpus": settings.gpus,
+        "nodes": settings.nodes,
+        "use_cpu": bool(settings.training_args.get("use_cpu")),
+        "endpoint": f"{_address(first)}:{_free_port()}",
+        "first": first,
+        "id": f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}",
+        "command": list(command),
+    }
+    write_json(folder / "task.json", task)
+    stop.pass_on = lambda number: write_text(folder / "asked", number.name)
+    srun = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1", "--overlap"]
+    srun += ["--kill-on-bad-exit=1", "--cpu-bind=none", "--mpi=none", "--input=none"]
+    if os.environ.get("SLURM_CPUS_PER_TASK"):  # newer versions of srun don't look for it
+        srun.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
+    srun += [sys.executable, "-m", "finegrid.training.launch", str(folder)]
+    status = subprocess.Popen(srun, preexec_fn=_die_with_parent).wait()
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("failures-*.json"))]
+    failures = {int(rank): code for part in found for rank, code in part.items()}
+    return failures or ({0: status} if status else {})
+
+
+def agent(folder: Path) -> int:
+    """Run the workers of one of several nodes, as srun starts it there; return the exit status."""
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    meeting = ["--nnodes", str(task["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", task["endpoint"]]
+    meeting += ["--rdzv-id", task["id"], "--rdzv-conf", f"is_host={int(_node() == task['first'])}"]
+    meeting += ["--local-addr", _address(_node())]
+    with Stop() as stop, _listening(folder / "asked", stop):
+        try:
+            failures = _on_this_node(
+                task["gpus"], task["use_cpu"], folder, task["command"], lambda line: None, stop, meeting
+            )
+        except UserError as error:
+            report = {"rank": 0, "problems": [f"{_node()}: {problem}" for problem in error.problems], "error": ""}
+            write_json(folder / f"failed-{_node()}.json", report)
+            failures = {0: 1}
+        except Exception:  # the nodes' meeting breaks up when one has left it
+            if not stop.asked:
+                raise
+            failures = {0: -stop.asked}
+        stop.pass_on = None
+    write_json(folder / f"failures-{_node()}.json", failures)
+    return int(bool(failures) and not stop.asked)  # srun kills the others when one fails
+
+
+@contextlib.contextmanager
+def _listening(file: Path, stop: Stop) -> Iterator[None]:
+    """Pass a request that the launcher left in the file on to this process, unless Slurm has."""
+    ended = threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            if file.exists():
+                if not stop.asked:
+                    os.kill(os.getpid(), getattr(signal, file.read_text(encoding="utf-8")))
+                return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _hosts(nodelist: str) -> list[str]:
+    return _scontrol("show", "hostnames", nodelist).split()
+
+
+def _address(node: str) -> str:
+    """Return the address by which Slurm itself reaches a node: its name need not be known to the others."""
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))
+    return found[1] if found else node
+
+
+def _scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        raise ProcessFailed(f"scontrol {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _free_port() -> int:
+    """Return a port that nobody listens on, on the job's first node: a job's script runs there."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
 # ---------------------------------------------------------------- in a worker
 
 
@@ -217,7 +380,7 @@ def this_worker() -> Worker | None:
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
     if folder:
-        write_text(Path(folder) / f"pid-{os.environ['RANK']}", str(os.getpid()))
+        write_text(Path(folder) / f"pid-{_node()}-{os.environ['RANK']}", str(os.getpid()))
     return Worker(int(os.environ["RANK"]), Path(folder) if folder else None)
 
 
@@ -227,3 +390,7 @@ def leave() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(agent(Path(sys.argv[1])))

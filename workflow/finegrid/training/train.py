@@ -104,7 +104,7 @@ def train(
         )
     args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes)
     identity = _identity(settings, tokens, model)
-    with args.main_process_first(desc="look for checkpoints"):
+    with args.main_process_first(local=False, desc="look for checkpoints"):  # the folder is all nodes' own
         checkpoint = find_checkpoint(checkpoints, identity, notes, args.world_size)
     args.eval_on_start = checkpoint is None and len(validation) > 0
 
@@ -209,9 +209,11 @@ def training_arguments(
         args = Seq2SeqTrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training_args: {error}") from error
-    if args.world_size != settings.gpus:
+    processes = settings.gpus * settings.nodes
+    if args.world_size != processes:
+        product = f"{settings.gpus} × {settings.nodes} nodes = {processes}" if settings.nodes > 1 else str(processes)
         raise UserError(
-            f"gpus: the recipe asks for {settings.gpus}, but {args.world_size} processes train; expected as many, "
+            f"gpus: the recipe asks for {product}, but {args.world_size} processes train; expected as many, "
             "since each has per_device_train_batch_size rows (`finegrid train` starts them itself)"
         )
     if args.n_gpu > 1:
@@ -248,7 +250,7 @@ def find_checkpoint(checkpoints: Path, identity: dict[str, str], notes: list[str
 
 
 def _identity(settings: RunSettings, tokens: Path, model: Path) -> dict[str, str]:
-    sections = {"model", "training_args", "peft_config", "quantization_config", "gpus", "early_stopping"}
+    sections = {"model", "training_args", "peft_config", "quantization_config", "gpus", "nodes", "early_stopping"}
     parts = settings.model_dump(include=sections, mode="json")
     deepspeed = settings.training_args.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
