@@ -13,13 +13,14 @@ from finegrid.forecast import (
     adapter_parameters,
     compute_dtype,
     evaluation_flops,
+    evaluation_seconds,
     linear_parameters,
     training_flops,
     training_seconds,
 )
 from finegrid.gpus import gpu
 from finegrid.memory import shape_of
-from finegrid.settings import DataConfig, ModelSettings, RunSettings
+from finegrid.settings import DataConfig, Evaluation, ModelSettings, RunSettings
 from finegrid.shapes import model_shapes
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -336,3 +337,15 @@ def test_evaluations_are_part_of_the_time():
 )
 def test_the_compute_type_is_the_one_that_training_will_choose(run, card, expected):
     assert compute_dtype(run, gpu(card) if card else None) == expected
+
+
+def test_an_evaluation_takes_what_the_demos_took():
+    run = settings(limits=(64, 96)).model_copy(
+        update={"generation_config": {"max_new_tokens": 48}, "evaluation": Evaluation(batch_size=40)}
+    )
+    rows = {"rows": 40, "prompt": 33, "tokens": 7300, "label_tokens": 4890}  # test and validation of the demo
+    shape = known("HuggingFaceTB/SmolLM2-135M-Instruct")
+    on_cpu = evaluation_seconds(run, shape, gpu=None, **rows)
+    assert on_cpu - 20 == pytest.approx(46, rel=0.25)  # measured on one thread, start-up left out
+    assert evaluation_seconds(run, shape, gpu=None, threads=2, **rows) < on_cpu
+    assert evaluation_seconds(run, shape, gpu=gpu("a100-80gb"), **rows) < on_cpu

@@ -13,6 +13,7 @@ import yaml
 from finegrid.errors import UserError
 from finegrid.plan import (
     Context,
+    evaluates_without_gpu,
     evaluation_needs,
     hardware_of,
     make_plan,
@@ -287,6 +288,20 @@ def test_jobs_ask_for_what_the_plan_says(project):
     assert evaluation_needs(context, run)["gpus"] == 1
 
 
+def test_a_job_of_several_nodes_asks_for_its_part_of_each(project, capsys):
+    folder, study = project
+    recipe = {"peft_config": {"r": 8}, "model": HUB | {"dtype": "bfloat16"}, "gpus": 4}
+    found = {}
+    for nodes in (1, 2):
+        the_study = study(recipe | {"nodes": nodes}, factors={"arm": {"a": {}}}, hardware={"gpus": ["a100-80gb"]})
+        context = Context(the_study.name, folder, hardware_of(the_study, folder))
+        found[nodes] = training_needs(context, the_study.runs[0])
+    assert [found[2][key] for key in ("nodes", "gpus", "processes")] == [2, 4, 4]
+    assert found[1]["mem_mb"] == found[2]["mem_mb"]  # on each
+    print_plan(make_plan(the_study, folder))
+    assert "64 = 8×(2·4)×1" in capsys.readouterr().out
+
+
 def test_jobs_on_the_cpu_ask_for_half_as_much_again_as_the_process_needs_since_the_allocator_holds_more(project):
     folder, study = project
     arguments = RECIPE["training_args"] | {"use_cpu": True}
@@ -296,6 +311,58 @@ def test_jobs_on_the_cpu_ask_for_half_as_much_again_as_the_process_needs_since_t
         total = context.facts(run)["memory"]["total"]
         assert training_needs(context, run)["mem_mb"] * 1e6 == pytest.approx(1.5 * total, rel=0.01)
         assert training_needs(context, run)["gpus"] == 0
+
+
+def test_gpus_of_the_clusters_file_count_where_nothing_else_names_some(project, monkeypatch):
+    folder, study = project
+    monkeypatch.setattr("finegrid.plan.detected", lambda: [])
+    assert hardware_of(study(), folder).is_a_guess
+    (folder / "profiles/slurm").mkdir(parents=True)
+    cluster = folder / "profiles/slurm/cluster.yaml"
+    cluster.write_text("gpus: [a100-80gb]\npartitions: {gpu: {max_gpu: 4}}\n")
+    found = hardware_of(study(), folder, "auto")
+    assert [card.name for card in found.gpus] == ["a100-80gb"]
+    assert found.source == "named by profiles/slurm/cluster.yaml"
+    assert hardware_of(study(hardware={"gpus": ["rtx-4090"]}), folder, "auto").source == "named by the study"
+    assert hardware_of(study(), folder, "rtx-4090").source == "named by `gpus`"
+    cluster.write_text("gpus: []\n")
+    found = hardware_of(study(), folder, "auto")
+    assert (found.gpus, found.is_a_guess) == ((), False)
+    cluster.write_text("partitions: {cpu: {}}\n")
+    assert hardware_of(study(), folder).is_a_guess
+
+
+def test_evaluations_hold_a_gpu_only_where_a_cpu_would_take_long(project):
+    folder, study = project
+    small = HUB | {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    few = {"model": small, "generation_config": {"max_new_tokens": 16}}
+
+    def without_gpu(recipe: dict, **changes) -> bool:
+        the_study = study(recipe, hardware={"gpus": ["a100-80gb"]}, **changes)
+        context = Context(the_study.name, folder, hardware_of(the_study, folder))
+        found = evaluates_without_gpu(context, the_study)
+        for run in the_study.all_runs:
+            needs = evaluation_needs(context, run, without_gpu=found)
+            assert needs["gpus"] == (0 if found else 1)
+            assert needs["runtime"] * 60 > needs["seconds"] + 300
+        return found
+
+    assert without_gpu(few)  # 8 test rows
+    assert not without_gpu({})  # 3 billion parameters
+    assert not without_gpu(few | {"generation_config": {"max_new_tokens": 16000}})
+    nf4 = {"peft_config": {"r": 8}, "quantization_config": {"load_in_4bit": True}}
+    one_of_them = {"method": {"lora": {"peft_config": {"r": 8}}, "qlora": nf4}}
+    assert not without_gpu(few, factors=one_of_them)  # the others go with it
+
+
+def test_evaluations_before_the_rows_are_known_ask_for_no_time(project):
+    folder, study = project
+    hub = {"dataset": {"path": "some/data", "revision": HUB["revision"], "test_split": "test"}}
+    the_study = study({"data_config": hub, "training_args": {"max_steps": 10}}, hardware={"gpus": ["a100-80gb"]})
+    context = Context(the_study.name, folder, hardware_of(the_study, folder))
+    assert not evaluates_without_gpu(context, the_study)
+    needs = evaluation_needs(context, the_study.runs[0])
+    assert (needs["gpus"], "runtime" in needs) == (1, False)
 
 
 # ---------------------------------------------------------------- on the terminal

@@ -47,6 +47,8 @@ OFFLOADED = 0.5  # of the speed without: assumed
 DORA = 0.6  # of LoRA's speed: assumed
 START_SECONDS = 20.0  # imports, loading a small model and saving it: the demo's
 LOADED_BYTES = 1e9  # a second: assumed, a local disk
+CPU_BYTES = 10e9  # a second: weights read for each generated token; the demo's, batch 1
+GENERATING_LAYER_SECONDS = 1e-3  # a layer and generated token on a GPU at least: 30 to 40 ms a token at 32 layers
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -181,6 +183,7 @@ class Throughputs:
             "peft_config": settings.peft_config,
             "quantization_config": settings.quantization_config,
             "gpus": settings.gpus,
+            "nodes": settings.nodes,
             "max_input_length": settings.max_input_length,
             "max_output_length": settings.max_output_length,
         }
@@ -221,6 +224,7 @@ def _kind(settings: Mapping[str, Any], method: Any, compute: Any, device: Any) -
         compute,
         "cpu" if device == "cpu" else name_of(str(device)),
         settings.get("gpus", 1),
+        settings.get("nodes", 1),
         bool(quantization.get("load_in_4bit")),
         bool(quantization.get("bnb_4bit_use_double_quant")),
         bool(peft.get("use_dora")),
@@ -301,7 +305,50 @@ def training_seconds(
             return Forecast(None, None, source, None)
     seconds += START_SECONDS + (shape.parameters * DTYPES[settings.model.dtype] / LOADED_BYTES if shape else 0)
     hours = seconds / 3600
-    return Forecast(seconds, hours * settings.gpus if gpu else 0.0, source, 0.0 if gpu else hours)
+    return Forecast(seconds, hours * settings.processes if gpu else 0.0, source, 0.0 if gpu else hours)
+
+
+def evaluation_seconds(
+    settings: RunSettings,
+    shape: Shape,
+    *,
+    rows: int,
+    prompt: float,
+    tokens: float,
+    label_tokens: float,
+    gpu: Gpu | None,
+    threads: int = 1,
+) -> float | None:
+    """Return how long an evaluation takes at most: start-up, the references' likelihood, answers of full length.
+
+    Of the demo's evaluations (45 s on one thread without the start-up) it says 55. None where the card's speed is not
+    known.
+
+    Args:
+        rows: that get an answer; 0 where none is generated.
+        prompt: tokens of a prompt, the mean.
+        tokens: of all rows whose likelihood is computed, prompts included.
+        label_tokens: of these, the ones with a label.
+        gpu: the card; None evaluates on the CPU, with so many threads.
+    """
+    length = settings.max_input_length + settings.max_output_length
+    answer = settings.generation_config.get("max_new_tokens") or settings.max_output_length
+    batches = math.ceil(rows / settings.evaluation.batch_size)
+    scoring = evaluation_flops(settings, shape, tokens, label_tokens, length)
+    answering = evaluation_flops(settings, shape, rows * (prompt + answer), rows * answer, length)
+    weights = shape.parameters * DTYPES[settings.model.dtype]
+    if gpu is None:
+        reading = batches * answer * weights / CPU_BYTES
+        seconds = (scoring + answering) / (CPU_FLOPS * threads) + reading
+    else:
+        peak = gpu.fp32_tflops if settings.model.dtype == "float32" else gpu.bf16_tflops
+        if not peak:
+            return None
+        a_token = shape.layers * GENERATING_LAYER_SECONDS
+        if gpu.bandwidth_gb:
+            a_token = max(a_token, weights / (gpu.bandwidth_gb * 1e9))
+        seconds = (scoring + answering) / (peak * 1e12 * GPU_EFFICIENCY) + batches * answer * a_token
+    return seconds + START_SECONDS + weights / LOADED_BYTES
 
 
 @dataclass(frozen=True)
@@ -321,7 +368,7 @@ class _Work:
 
     def passes(self, evaluated: float) -> tuple[float, float]:
         """Return the micro-batches that one GPU trains on and evaluates."""
-        gpus, batch = self.settings.gpus, self.settings.training_arg("per_device_train_batch_size")
+        gpus, batch = self.settings.processes, self.settings.training_arg("per_device_train_batch_size")
         trained = self.micro_batches or math.ceil(self.tokens / (self.length * batch * gpus))
         batch = self.settings.training_arg("per_device_eval_batch_size")
         return float(trained), evaluated / (self.length * batch * gpus)
@@ -340,7 +387,7 @@ def _on_gpu(work: _Work, gpu: Gpu, evaluated: float) -> tuple[float | None, str]
     if not peak:
         return None, f"{gpu.name}: its peak in TFLOP/s is not known, and no earlier run is of this kind"
     factors = _assumed(settings)
-    speed = peak * 1e12 * GPU_EFFICIENCY * settings.gpus * math.prod(factors.values())
+    speed = peak * 1e12 * GPU_EFFICIENCY * settings.processes * math.prod(factors.values())
     computing = [flops / speed for flops in work.flops(evaluated)]
     passes = work.passes(evaluated)
     a_layer = LAUNCH_SECONDS_FULL if settings.peft_config is None else LAUNCH_SECONDS
@@ -357,8 +404,8 @@ def _assumed(settings: RunSettings) -> dict[str, float]:
     factors = {}
     if _is_dora(settings):
         factors[f"DoRA at {DORA:.0%} of LoRA's speed (assumed)"] = DORA
-    if settings.gpus > 1:
-        factors[f"{settings.gpus} GPUs at {SEVERAL_GPUS:.0%} each (assumed)"] = SEVERAL_GPUS
+    if settings.processes > 1:
+        factors[f"{settings.processes} GPUs at {SEVERAL_GPUS:.0%} each (assumed)"] = SEVERAL_GPUS
     if _offloads(settings):
         factors[f"offloading at {OFFLOADED:.0%} (assumed)"] = OFFLOADED
     return factors

@@ -22,7 +22,7 @@ from finegrid.arithmetic import disk, training_arithmetic
 from finegrid.files import whole, write_json
 from finegrid.findings import find
 from finegrid.fingerprint import short_hash
-from finegrid.forecast import Throughputs, training_seconds
+from finegrid.forecast import Throughputs, evaluation_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
 from finegrid.preview import data_preview
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from finegrid.study import Run, Study
 
 CONFIG = Path("config/config.yaml")
+CLUSTER = Path("profiles/slurm/cluster.yaml")
 COLUMNS = [
-    "arm", "run", "method", "seed", "tuned", "per_device_train_batch_size", "gpus", "gradient_accumulation_steps",
-    "effective_batch_size", "steps", "epochs", "warmup_steps", "train_rows", "label_tokens", "tokens_seen",
-    "evaluations", "checkpoints", "checkpoint_bytes", "disk_bytes", "output_bytes", "device", "fits", "weights",
-    "adapters", "gradients", "optimiser", "activations", "logits", "quantisation", "runtime", "total", "host",
-    "seconds", "gpu_hours", "time_source", "exact", "unknown",
+    "arm", "run", "method", "seed", "tuned", "per_device_train_batch_size", "gpus", "nodes",
+    "gradient_accumulation_steps", "effective_batch_size", "steps", "epochs", "warmup_steps", "train_rows",
+    "label_tokens", "tokens_seen", "evaluations", "checkpoints", "checkpoint_bytes", "disk_bytes", "output_bytes",
+    "device", "fits", "weights", "adapters", "gradients", "optimiser", "activations", "logits", "quantisation",
+    "runtime", "total", "host", "seconds", "gpu_hours", "time_source", "exact", "unknown",
 ]  # fmt: skip
 # Estimates that change while runs of the study finish; a plan that differs in nothing else is the same plan.
 TIMES = ("seconds", "gpu_hours", "time_source")
@@ -55,6 +56,7 @@ MARGIN = 1.1  # on the memory that a job is given: batches differ, and so do all
 # On the CPU, of what tensors need: glibc's default allocator holds 1.1 to 2.2 times that (tests/benchmarks/memory.py
 # --allocator default) where every row is as long as the longest. Second and third attempts ask for 2.3 and 3 times.
 HELD = 1.5
+CPU_EVALUATION_SECONDS = 600  # an evaluation that takes no longer on a CPU holds no GPU
 
 
 # ---------------------------------------------------------------- the plan and its files
@@ -205,9 +207,18 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()
     source: str = "no GPU here, none named"
 
+    @property
+    def is_a_guess(self) -> bool:
+        """Whether it is the CPU for want of a word on GPUs."""
+        return self == Hardware()
+
 
 def hardware_of(study: Study, project: Path, given: str | list | None = None) -> Hardware:
-    """Return the GPUs to plan for: those given, else the study's own ``hardware``, else those of this machine.
+    """Return the GPUs to plan for: those given, else the study's own ``hardware``, else the cluster's, else this
+    machine's.
+
+    The cluster's are ``gpus`` of profiles/slurm/cluster.yaml, whether or not the profile is used: a login node has none
+    to look at.
 
     Args:
         given: ``auto``, names with commas, or a list of names and ``{name, memory, …}`` (also as JSON); None is the key
@@ -223,12 +234,22 @@ def hardware_of(study: Study, project: Path, given: str | list | None = None) ->
         return Hardware(tuple(gpu(entry) for entry in entries), "named by `gpus`" if entries else "`gpus` names none")
     if study.hardware is not None:
         return Hardware(tuple(gpu(entry) for entry in study.hardware), "named by the study")
+    named = cluster_gpus(project)
+    if named is not None:
+        return Hardware(
+            tuple(gpu(entry) for entry in named), f"named by {CLUSTER}" if named else f"{CLUSTER} names none"
+        )
     found = tuple(detected())
     return Hardware(found, "found on this machine") if found else Hardware()
 
 
-def _configured(project: Path) -> dict[str, Any]:
-    return read_yaml(project / CONFIG, CONFIG.as_posix())[0] if (project / CONFIG).exists() else {}
+def cluster_gpus(project: Path) -> list | None:
+    """Return the GPUs that the cluster's file names; None where it has no such key."""
+    return _gpu_entries(_configured(project, CLUSTER).get("gpus"))
+
+
+def _configured(project: Path, file: Path = CONFIG) -> dict[str, Any]:
+    return read_yaml(project / file, file.as_posix())[0] or {} if (project / file).exists() else {}
 
 
 def _gpu_entries(given: str | list | None) -> list | None:
@@ -410,7 +431,8 @@ def _reported(report: Mapping) -> dict[str, Any]:
 
 
 def training_needs(context: Context, run: Run) -> dict[str, int]:
-    """Return what a training job asks for: ``mem_mb`` of host memory, ``gpus``, and ``runtime`` in minutes if known.
+    """Return what a training job asks for: ``nodes``; on each of them ``mem_mb`` of host memory, ``gpus`` and
+    ``processes``; and ``runtime`` in minutes if known.
 
     Host memory is that of the process on the CPU; beside a GPU it is the process, the weights while they are read,
     and what DeepSpeed moves to the host.
@@ -421,38 +443,90 @@ def training_needs(context: Context, run: Run) -> dict[str, int]:
 def _training_needs(context: Context, run: Run) -> dict[str, int]:
     facts = context.facts(run)
     memory, on_gpu = facts["memory"], facts["device"] != "cpu"
-    needs = {"gpus": run.settings.gpus if on_gpu else 0, "mem_mb": 8000}
+    processes = run.settings.gpus
+    needs = {"nodes": run.settings.nodes, "processes": processes, "gpus": processes if on_gpu else 0, "mem_mb": 8000}
     if memory:
         shape, _ = context.shape(run.settings)
         host = evaluation_host(shape, run.settings) + memory["host"] if on_gpu else memory["total"]
-        needs["mem_mb"] = math.ceil(host * run.settings.gpus * (MARGIN if on_gpu else HELD) / MEGABYTE)
+        needs["mem_mb"] = math.ceil(host * processes * (MARGIN if on_gpu else HELD) / MEGABYTE)
     if facts["seconds"] is not None:
         needs["runtime"] = math.ceil((facts["seconds"] * 1.5 + 600) / 60)  # loading, saving, a slower node
     return needs
 
 
-def evaluation_needs(context: Context, run: Run) -> dict[str, int]:
-    """Return what an evaluation job asks for: ``mem_mb`` and ``gpus``."""
-    return context.once(_evaluation_needs, run)
+def evaluation_needs(context: Context, run: Run, without_gpu: bool = False) -> dict[str, int]:
+    """Return what an evaluation job asks for: ``mem_mb``, ``gpus``, and ``runtime`` in minutes if known.
+
+    Args:
+        without_gpu: also where there are GPUs, see :func:`evaluates_without_gpu`.
+    """
+    cards = () if without_gpu or run.settings.training_arg("use_cpu") else context.hardware.gpus
+    return context.once(_evaluation_on_gpu if cards else _evaluation_on_cpu, run)
 
 
-def _evaluation_needs(context: Context, run: Run) -> dict[str, int]:
-    shape, _ = context.shape(run.settings)
-    cards = () if run.settings.training_arg("use_cpu") else context.hardware.gpus
-    needs = {"gpus": 1 if cards else 0, "mem_mb": 8000}
-    if shape:
-        settings = run.settings
-        memory = evaluation_memory(
-            settings,
-            shape,
-            rows=settings.evaluation.batch_size,
-            prompt=context._lengths(run)[0],
-            new_tokens=settings.generation_config.get("max_new_tokens") or settings.max_output_length,
-            device="cuda" if cards else "cpu",
-        )
-        host = evaluation_host(shape, settings) if cards else memory.total
-        needs["mem_mb"] = math.ceil(host * MARGIN / MEGABYTE)
+def evaluates_without_gpu(context: Context, study: Study) -> bool:
+    """Return whether the study's evaluations leave the GPUs to the trainings: none takes longer than ten minutes on a
+    CPU, by model and rows, and no base is quantised, which a CPU computes otherwise.
+
+    All evaluations of a study go the same way, so that no two arms are compared across devices.
+    """
+    first = {arm.runs[0] for arm in (*study.base_arms, *study.arms)}
+    runs = [run for run in study.all_runs if run.id in first]
+    seconds = [context.once(_evaluation_on_cpu, run).get("seconds") for run in runs]
+    return all(
+        each is not None and each <= CPU_EVALUATION_SECONDS and not run.settings.quantization_config
+        for each, run in zip(seconds, runs, strict=True)
+    )
+
+
+def _evaluation_on_gpu(context: Context, run: Run) -> dict[str, int]:
+    return _evaluation_needs(context, run, context.hardware.gpus[0])
+
+
+def _evaluation_on_cpu(context: Context, run: Run) -> dict[str, int]:
+    return _evaluation_needs(context, run, None)
+
+
+def _evaluation_needs(context: Context, run: Run, card: Gpu | None) -> dict[str, int]:
+    settings = run.settings
+    shape, _ = context.shape(settings)
+    needs = {"gpus": 1 if card else 0, "mem_mb": 8000}
+    if shape is None:
+        return needs
+    memory = evaluation_memory(
+        settings,
+        shape,
+        rows=settings.evaluation.batch_size,
+        prompt=context._lengths(run)[0],
+        new_tokens=settings.generation_config.get("max_new_tokens") or settings.max_output_length,
+        device="cuda" if card else "cpu",
+    )
+    host = evaluation_host(shape, settings) if card else memory.total
+    needs["mem_mb"] = math.ceil(host * (MARGIN if card else HELD) / MEGABYTE)
+    seconds = _evaluation_seconds(context, run, shape, card)
+    if seconds is not None:
+        needs |= {"seconds": round(seconds), "runtime": math.ceil((seconds * 1.5 + 600) / 60)}
     return needs
+
+
+def _evaluation_seconds(context: Context, run: Run, shape: Shape, card: Gpu | None) -> float | None:
+    """Return how long an evaluation takes; None before the rows are known."""
+    splits, evaluation = context.data(run)["splits"], run.settings.evaluation
+    both = [splits["test"], splits["validation"]]
+    if any(split[key] is None for split in both for key in ("rows", "tokens", "label_tokens")):
+        return None
+    answered = splits[evaluation.split]
+    rows = answered["rows"] if evaluation.generate else 0
+    return evaluation_seconds(
+        run.settings,
+        shape,
+        rows=rows,
+        prompt=(answered["tokens"] - answered["label_tokens"]) / rows if rows else 0,
+        tokens=sum(split["tokens"] for split in both),
+        label_tokens=sum(split["label_tokens"] for split in both),
+        gpu=card,
+        threads=context.threads,
+    )
 
 
 def evaluation_host(shape: Shape, settings: RunSettings) -> int:

@@ -15,6 +15,8 @@ from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.plan import (
     Context,
+    cluster_gpus,
+    evaluates_without_gpu,
     evaluation_needs,
     hardware_of,
     plan_settings,
@@ -120,7 +122,15 @@ def training(study, run):
 @functools.cache
 def evaluation(study, run):
     """What an evaluation asks for, see finegrid.plan.evaluation_needs."""
-    return evaluation_needs(plan_of(study), study_of(study).run(run))
+    return evaluation_needs(
+        plan_of(study), study_of(study).run(run), evaluations_without_gpu(study)
+    )
+
+
+@functools.cache
+def evaluations_without_gpu(study):
+    """Whether a study's evaluations hold no GPU, see finegrid.plan.evaluates_without_gpu."""
+    return evaluates_without_gpu(plan_of(study), study_of(study))
 
 
 def run_of(wildcards):
@@ -298,6 +308,14 @@ def run_manifest(wildcards):
     return manifest(run_of(wildcards))
 
 
+def planned_gpus(wildcards):
+    """What was said of the GPUs to plan for, in config.yaml or in the cluster's file."""
+    if config["gpus"] not in (None, "auto"):
+        return config["gpus"]
+    named = cluster_gpus(Path.cwd())
+    return "auto" if named is None else named
+
+
 def study_plan(wildcards):
     return plan_settings(study_of(wildcards.study))
 
@@ -322,7 +340,14 @@ def training_minutes(wildcards, attempt):
 
 
 def training_gpus(wildcards):
+    """GPUs on each node."""
     return training(wildcards.study, wildcards.run)["gpus"]
+
+
+def training_nodes(wildcards):
+    """Nodes, where a recipe asks for several; None says nothing to the cluster."""
+    nodes = training(wildcards.study, wildcards.run)["nodes"]
+    return nodes if nodes > 1 else None
 
 
 # ---- evaluation
@@ -363,6 +388,11 @@ def evaluation_memory(wildcards, attempt):
     """Megabytes: the base model and a generation batch, half as much again after each out-of-memory."""
     needed = evaluation(wildcards.study, wildcards.run)["mem_mb"]
     return int(needed * (1 + (attempt - 1) / 2))
+
+
+def evaluation_minutes(wildcards, attempt):
+    """Minutes, as much again after each time-out; a day where the plan can't tell."""
+    return evaluation(wildcards.study, wildcards.run).get("runtime", 1440) * attempt
 
 
 def evaluation_gpus(wildcards):

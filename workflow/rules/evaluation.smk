@@ -20,10 +20,11 @@ rule evaluate:
     resources:
         mem_mb=evaluation_memory,
         gpu=evaluation_gpus,
+        runtime=evaluation_minutes,
     params:
         settings=evaluation_settings,
         code=code_fingerprint("finegrid.evaluation.evaluate"),
     message:
         "Evaluate {wildcards.run} of study {wildcards.study}."
     shell:
-        "finegrid evaluate {wildcards.study} {wildcards.run} --log {log}"
+        "finegrid evaluate {wildcards.study} {wildcards.run} --gpus {resources.gpu} --log {log}"

@@ -39,6 +39,7 @@ use rule figure as plan_figure with:
         plan="results/{study}/plan.json",
     wildcard_constraints:
         figure="|".join(PLAN_FIGURES),
+    localrule: True
 
 
 rule study_tables:

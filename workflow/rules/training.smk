@@ -19,7 +19,7 @@ rule study_plan:
         "../../envs/finegrid.yaml"
     params:
         settings=study_plan,
-        gpus=config["gpus"],
+        gpus=planned_gpus,
         code=code_fingerprint("finegrid.plan"),
     message:
         "Plan study {wildcards.study}."
@@ -51,6 +51,7 @@ rule train_adapter:
     resources:
         mem_mb=training_memory,
         gpu=training_gpus,
+        nodes=training_nodes,
         runtime=training_minutes,
     params:
         settings=training_settings,

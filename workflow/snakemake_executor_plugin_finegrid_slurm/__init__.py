@@ -36,7 +36,7 @@ __all__ = ["Executor", "ExecutorSettings", "common_settings"]
 
 # What each job was submitted to do, by its number: a hash that a later snakemake compares.
 RECORDS = Path(".snakemake/finegrid-slurm")
-KEYS = {"partitions", "all_jobs", "gpu_jobs"}
+KEYS = {"gpus", "partitions", "all_jobs", "gpu_jobs"}
 WAITING_OR_RUNNING = {
     "PENDING",
     "CONFIGURING",
@@ -54,6 +54,7 @@ WAITING_OR_RUNNING = {
 }
 JOB_ENVIRONMENT = "HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1"
 SECONDS_FOR_AN_END = 120
+SNAKEMAKE_MB = 250  # of memory in each job, beside the work: the snakemake that runs the rule there
 NOISE = re.compile(
     r"SLURM run ID|Auto-selected partition|Cleaning up SLURM log"
     r"|has been submitted with SLURM jobid|'squeue' should work reliably|No wall time information"
@@ -98,8 +99,24 @@ class Executor(SlurmExecutor):
     def __post_init__(self, test_mode: bool = False):
         super().__post_init__(test_mode)
         self._cluster = read_cluster(self.workflow.executor_settings.partition_config)
+        self._check_gpus()
         os.environ.setdefault("SBATCH_OPEN_MODE", "append")  # a requeued job's log keeps what the first try said
         self._known = known_jobs()
+
+    def _check_gpus(self) -> None:
+        """A login node has no GPU to plan for: without a word on them, trainings would go to the CPU unheard.
+
+        Raises:
+            WorkflowError: nothing names a GPU, and a partition has some.
+        """
+        config, partitions = self.workflow.globals["config"], self._cluster["partitions"]
+        with_gpus = [name for name, limits in partitions.items() if (limits or {}).get("max_gpu")]
+        if with_gpus and self.workflow.globals["plan_of"](config["study"]).hardware.is_a_guess:
+            raise WorkflowError(
+                f"{self.workflow.executor_settings.partition_config}: partition '{with_gpus[0]}' has GPUs, but nothing "
+                "says which to plan for; expected 'gpus: [a100-80gb]' (or what your cluster has) there, [] to train "
+                "without"
+            )
 
     def shutdown(self) -> None:
         for name, jobs in self._known.items():
@@ -178,10 +195,21 @@ class Executor(SlurmExecutor):
         for key, value in wanted.items():
             if job.resources.get(key) is None:
                 setattr(job.resources, key, value)
+        if isinstance(job.resources.get("mem_mb"), int):
+            job.resources.mem_mb += SNAKEMAKE_MB
+        gpus, nodes = job.resources.get("gpu") or 0, job.resources.get("nodes") or 1
+        if gpus > 1 and not (job.resources.get("cpus_per_task") or job.resources.get("cpus_per_gpu")):
+            job.resources.cpus_per_task = job.threads * gpus  # a process each
+        if nodes > 1:
+            _over_nodes(job.resources, gpus, nodes)
 
     def get_account_arg(self, job) -> Iterator[str]:
         """Without an account the cluster's own default counts; the plugin would guess one."""
         return super().get_account_arg(job) if job.resources.get("slurm_account") else iter([""])
+
+    def additional_general_args(self) -> str:
+        """A job works in its batch step; the plugin would start a second snakemake in a step of its own."""
+        return ""
 
     def format_job_exec(self, job) -> str:
         return f"{JOB_ENVIRONMENT} {super().format_job_exec(job)}"
@@ -237,6 +265,17 @@ def job_name(job) -> str:
     study = values.pop("study", None)
     parts = [*values.values(), job.name, *([study] if study else [])]
     return re.sub(r"[^\w.+-]", "_", ".".join(parts))
+
+
+def _over_nodes(resources, gpus: int, nodes: int) -> None:
+    """Ask for tasks and GPUs node by node; the plugin's ``--gpus`` is a sum, which Slurm might deal out unevenly."""
+    if gpus:
+        model = resources.get("gpu_model")
+        resources.gres = ":".join(["gpu", *([model] if model else []), str(gpus)])
+        resources.gpu, resources.gpu_model = 0, None
+        resources.tasks_per_gpu = 0  # none is said: a task a node is Slurm's default
+    else:
+        resources.tasks = nodes
 
 
 def work_of(job) -> str:
@@ -311,7 +350,7 @@ def read_cluster(path: Path | None) -> dict[str, dict]:
         WorkflowError: a key that means nothing, or a partition that the cluster doesn't have.
     """
     if path is None:
-        return {"all_jobs": {}, "gpu_jobs": {}}
+        return {"partitions": {}, "all_jobs": {}, "gpu_jobs": {}}
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     for key in content:
         if key not in KEYS:
@@ -324,7 +363,7 @@ def read_cluster(path: Path | None) -> dict[str, dict]:
         if name not in there and not elsewhere:
             names = ", ".join(sorted(there))
             raise WorkflowError(f"{path}: no partition '{name}'{nearest(name, there)}; the cluster has {names}")
-    return {key: dict(content.get(key) or {}) for key in ("all_jobs", "gpu_jobs")}
+    return {key: dict(content.get(key) or {}) for key in ("partitions", "all_jobs", "gpu_jobs")}
 
 
 def nearest(word: str, known) -> str:
