@@ -94,7 +94,7 @@ def program(name: str) -> str | None:
 
 
 class Occupied(NamedTuple):
-    """A job's time, in seconds since 1970, and the GPUs that its tasks saw."""
+    """A job's time, in seconds since 1970, and the GPUs that its tasks saw, as `node:number`."""
 
     job: str
     begin: float
@@ -160,9 +160,8 @@ class Slurm:
         (folder / "gres.conf").write_text("\n".join(gpus) + "\n")
         (folder / "bin").mkdir()
         for word in ("begin", "end"):
-            self._write_script(
-                word, f'echo "$SLURM_JOB_ID {word} $(date +%s.%N) ${{CUDA_VISIBLE_DEVICES:--}}" >> {folder}/tasks'
-            )
+            told = f"$SLURM_JOB_ID {word} $(date +%s.%N) $SLURMD_NODENAME ${{CUDA_VISIBLE_DEVICES:--}}"
+            self._write_script(word, f'echo "{told}" >> {folder}/tasks')
         # Snakemake's job step calls srun without the variables SLURM_*: its srun must find the file without them.
         self._write_script("srun", f'SLURM_CONF={folder}/slurm.conf exec {program("srun")} "$@"')
         key = folder / "munge.key"
@@ -213,9 +212,15 @@ class Slurm:
     def revive_node(self, name: str) -> None:
         """Bring a dead node back."""
         self.start_node(name)
-        self._wait_until(lambda: self.node_states().get(name) == "down", f"node {name}")
-        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
-        self._wait_until(lambda: self.node_states().get(name) == "idle", f"node {name}")
+
+        def is_back() -> bool:
+            state = self.node_states().get(name)
+            if state == "down":
+                with contextlib.suppress(RuntimeError):  # it may have registered meanwhile, which is enough
+                    self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+            return state == "idle"
+
+        self._wait_until(is_back, f"node {name}")
 
     def start_again(self, *jobs: str) -> None:
         """Let requeued jobs start soon; Slurm would wait two minutes, and needs some seconds.
@@ -316,8 +321,8 @@ class Slurm:
         """Return when each job ran that a task of it began, by Slurm's own prologs and epilogs of tasks."""
         found: dict[str, Occupied] = {}
         for line in (self.folder / "tasks").read_text().splitlines():
-            number, _, when, shown = line.split()
-            devices = frozenset(shown.replace("-", "").split(",")) - {""}
+            number, _, when, node, shown = line.split()
+            devices = frozenset(f"{node}:{device}" for device in shown.split(",") if device != "-")
             before = found.get(number, Occupied(number, float(when), float(when), devices))
             found[number] = before._replace(end=float(when), devices=before.devices | devices)
         return list(found.values())

@@ -15,11 +15,11 @@ from login_node import CLUSTER, Project
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """A Slurm of this test process alone: one node with 4 GPUs, partitions `cpu` and `gpu`."""
+    """A Slurm of this test process alone: two nodes with 2 GPUs each, partitions `cpu` and `gpu`."""
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    with Slurm() as running:
+    with Slurm(nodes=2) as running:
         yield running
 
 

@@ -37,6 +37,7 @@ evaluation: {batch_size: 8}
 """
 # As a user edits it.
 CLUSTER = """\
+gpus: [a100-80gb]
 partitions:
   cpu: {max_runtime: 1d}
   gpu: {max_runtime: 1d, max_gpu: 4}

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from finegrid import layout
+from finegrid.study import load_study
 from login_node import RECIPE, Project
 
 pytestmark = pytest.mark.slow
@@ -35,12 +37,26 @@ LONGER = (
 
 @pytest.fixture(scope="module")
 def calm(cluster_project) -> dict[str, tuple]:
-    """The runs of the study as they are when nothing happens, by id, trained here without Slurm."""
+    """The runs of the study as they are when nothing happens, by id, trained in this process without Slurm."""
+    from finegrid.training.train import train
+
     cluster_project.write_study("calm", STUDY, LONGER)
-    command = ["snakemake", "--config", "study=calm", "--cores", "2", "--", *targets(cluster_project, "calm")]
-    done = cluster_project.run(*command)
+    folder = cluster_project.folder
+    study = load_study(folder / "config/studies/calm.yaml", folder)
+    tokens = layout.tokens_folder(study.runs[0])
+    done = cluster_project.run("snakemake", "--config", "study=calm", "--", f"{tokens}/train.arrow")
     assert done.returncode == 0, done.stdout + done.stderr
-    return {run: learned(cluster_project, "calm", run) for run in runs(cluster_project, "calm")}
+    for run in study.runs:
+        train(
+            run.settings,
+            tokens=folder / tokens,
+            model=folder / "data/models/tiny",
+            output=folder / layout.weights_folder("calm", run),
+            history=folder / f"results/calm/history/{run.id}.csv",
+            summary=folder / f"results/calm/training/{run.id}.json",
+            checkpoints=folder / "scratch/calm" / run.id,
+        )
+    return {run.id: learned(cluster_project, "calm", run.id) for run in study.runs}
 
 
 class Storm(NamedTuple):
@@ -126,17 +142,18 @@ def test_no_run_was_trained_twice_at_once(cluster_project, storm):
             assert before.end <= after.begin
 
 
-def test_runs_of_a_node_that_died_go_on_when_it_is_back(cluster_project, calm):
+def test_runs_of_nodes_that_died_go_on_when_they_are_back(cluster_project, calm):
     project = cluster_project
     project.write_study("outage", STUDY.replace("[0, 1, 2, 3]", "[0, 1]"), LONGER)
     names = runs(project, "outage")
     controller = project.start("outage", "--", *targets(project, "outage"))
     hold_after_checkpoint(project, "outage", names)
-    (node,) = project.slurm.nodes
-    project.slurm.kill_node(node)
+    for node in project.slurm.nodes:
+        project.slurm.kill_node(node)
     jobs = training_jobs(project, "outage")
     assert {job["state"] for job in jobs} == {"PENDING"}
-    project.slurm.revive_node(node)
+    for node in project.slurm.nodes:
+        project.slurm.revive_node(node)
     project.slurm.start_again(*(job["id"] for job in jobs))
     project.finish(controller)
     for run in names:
@@ -173,18 +190,7 @@ def test_a_job_that_would_do_other_work_is_ended_before_its_place_is_taken(clust
 
 
 def runs(project, study: str) -> list[str]:
-    done = project.run("python", "-c", LIST_RUNS, study)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-LIST_RUNS = """
-import sys
-from pathlib import Path
-from finegrid import layout
-from finegrid.study import load_study
-print(*(run.id for run in load_study(layout.study_file(sys.argv[1]), Path.cwd()).runs))
-"""
+    return [run.id for run in load_study(project.folder / f"config/studies/{study}.yaml", project.folder).runs]
 
 
 def targets(project, study: str) -> list[str]:
@@ -192,7 +198,7 @@ def targets(project, study: str) -> list[str]:
 
 
 def learned(project, study: str, run: str) -> tuple:
-    """Return all that training made of a run: the adapter's bytes, and losses and gradients of each step."""
+    """Return all that a run came to: the adapter's bytes, losses and gradients of each step, answers and metrics."""
     adapter = (project.folder / f"results/{study}/runs/{run}/adapter/adapter_model.safetensors").read_bytes()
     with (project.folder / f"results/{study}/history/{run}.csv").open() as file:
         rows = [
@@ -201,7 +207,28 @@ def learned(project, study: str, run: str) -> tuple:
         ]
     summary = project.read(f"results/{study}/training/{run}.json")
     losses = tuple(summary[key] for key in ("steps", "train_loss", "base_eval_loss", "final_eval_loss", "tokens"))
-    return adapter, rows, losses
+    return adapter, rows, losses, *scored(project, study, run)
+
+
+def scored(project, study: str, run: str) -> tuple[str, dict]:
+    """Return the predictions and metrics of a run's weights, evaluated here: a Slurm job each would take long."""
+    from finegrid.evaluation.evaluate import evaluate
+
+    folder = project.folder
+    the_run = load_study(folder / f"config/studies/{study}.yaml", folder).run(run)
+    predictions, metrics = (folder / f"scored/{study}/{run}.{kind}" for kind in ("jsonl", "json"))
+    report = evaluate(
+        the_run.settings,
+        run,
+        tokens=folder / layout.tokens_folder(the_run),
+        clean=folder / layout.clean_folder(the_run),
+        model=folder / "data/models/tiny",
+        adapter=folder / layout.weights_folder(study, the_run),
+        predictions=predictions,
+        metrics=metrics,
+    )
+    assert report["splits"]["test"]["examples"] == 8
+    return predictions.read_text(), {key: report[key] for key in ("data", "signatures", "splits")}
 
 
 def resumed_from(project, run: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 
 import pytest
 from test_faults import LONGER, STUDY, runs, targets, training_jobs, wait_until
@@ -22,6 +23,25 @@ def test_jobs_of_a_dead_controller_are_shown_ended_and_gone_on_with(cluster_proj
     (job,) = training_jobs(project, "orphaned")
     controller.send_signal(signal.SIGKILL)
     controller.wait()
+
+    # What a `snakemake` on the login node would start waits for the job: no run is trained twice at once.
+    command = ["finegrid", "train", "orphaned", run]
+    local = subprocess.Popen(
+        command,
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        told = local.stdout.readline()
+        assert "already being trained by process" in told, told
+        assert f"(Slurm job {job['id']})" in told
+        assert f"`scancel {job['id']}`" in told
+    finally:
+        local.kill()
+        local.communicate()
 
     shown = project.run("finegrid", "orphans", "orphaned")
     assert shown.returncode == 1  # nobody to ask
