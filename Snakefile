@@ -41,6 +41,12 @@ onerror:
     versions.finish(config["study"])
 
 
+if any(argument.startswith("--report") for argument in sys.argv):
+    config["provenance"] = report_metadata(
+        config["study"]
+    )  # the description below names commit and data
+
+
 report: "workflow/report/workflow.rst"
 
 

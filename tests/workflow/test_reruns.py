@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,25 @@ def test_every_promised_file_is_there_and_names_no_machine(finished):
     for path in results.rglob("*"):
         if path.suffix in (".json", ".tsv", ".csv", ".html", ".tex", ".md"):
             assert str(finished.folder) not in path.read_text(encoding="utf-8"), path
+
+
+def test_snakemakes_own_report_has_captions_commit_and_data_hashes(checkout):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=checkout.folder, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], cwd=checkout.folder, check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=checkout.folder, capture_output=True, text=True
+    ).stdout.strip()
+
+    checkout.snakemake("--report", "report.zip")
+
+    with zipfile.ZipFile(checkout.folder / "report.zip") as file:
+        page = file.read("report/report.html").decode("utf-8")
+    for part in (head, "Mean of the primary metric by arm", "Every arm of study"):
+        assert part in page, part
+    data = read(next((checkout.folder / "results/tiny/provenance").glob("lora-*.json")))["inputs"]["train"]["sha256"]
+    assert data[:32] in page
+    assert data[32:] in page
 
 
 def test_a_mistake_in_the_study_ends_snakemake_with_its_message_alone(checkout):

@@ -4,7 +4,6 @@ import functools
 import gc
 import inspect
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from finegrid.plan import (
     plan_settings,
     training_needs,
 )
+from finegrid.publication.metadata import report_metadata
 from finegrid.settings import check_files
 from finegrid.study import load_study
 from snakemake.common import get_function_params, overwrite_function_params

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from finegrid.figures import style
 from finegrid.figures.style import Study
 
+LEAST = 0.01  # of the metric that the axis spans
 WIDE = 20  # costs further apart than this factor get a logarithmic axis
 
 
@@ -62,6 +63,9 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
         _axis(panel, table[cost.column].dropna(), cost)
         _front_line(panel, table[table[f"front_{cost.column}"]], cost.column)
     axes[0].set_ylabel(style.metric_name(study))
+    low, high = axes[0].get_ylim()
+    if high - low < LEAST:  # all the same, such as 0
+        axes[0].set_ylim((low + high - LEAST) / 2, (low + high + LEAST) / 2)
     style.legend(figure, _handles(study, marks), more)
     style.message(figure, _message(study, table))
     return figure, table

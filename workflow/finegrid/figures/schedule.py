@@ -96,4 +96,4 @@ def _message(table: pd.DataFrame, peaks: list[float]) -> str:
     last = (
         "ends at 0" if end < 0.005 else f"ends at {end:.0%} of it" if len(by_arm) == 1 else f"ends at {end:.0%} or less"
     )
-    return f"The learning rate peaks {when} ({peak}) and {last}"
+    return f"The learning rate peaks {when} ({peak}) and {last}".replace("%", " %")
