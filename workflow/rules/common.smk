@@ -44,8 +44,6 @@ atexit.register(gc.freeze)
 
 # Which study was asked for and where checkpoints live change no result: they reach the commands as environment
 # variables, not as tracked parameters.
-# For the metadata of `snakemake --report`.
-os.environ["FINEGRID_STUDY"] = config["study"]
 shell.prefix(
     f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])} "
     f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))}; "
