@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 # The tiny study has one factor and two seeds. The plan's figures are no work of what comes after training.
 FIGURE_NAMES = [name for name in FIGURES if name == "seeds" or name not in NEEDS]
 DRAWN = len(FIGURE_NAMES) - len(PLAN_FIGURES)
-AFTER_EVALUATION = {"compare": 1, "figure": DRAWN, "study_tables": 1, "study_report": 1}
+AFTER_EVALUATION = {"compare": 1, "advice": 1, "figure": DRAWN, "study_tables": 1, "study_report": 1}
 
 
 def touch(path: Path) -> None:

@@ -47,6 +47,8 @@ Gpus = Annotated[
 ]
 Log = Annotated[Path | None, typer.Option(help="File for everything that the libraries print.")]
 
+ADVICE = ("advice", "next_study")  # beside the comparison, but nothing is drawn from them
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -372,6 +374,18 @@ def compare(study: StudyName, log: Log = None) -> None:
 
 
 @app.command()
+def advice(study: StudyName, log: Log = None) -> None:
+    """Say what to try next, with the evidence, and write the study file that tries it."""
+    with _stage(f"advice {study}", log):
+        from finegrid.analysis.advice import print_advice, write_advice
+        from finegrid.study import load_study
+
+        the_study = _study(study)
+        results = layout.RESULTS / the_study.name
+        print_advice(write_advice(results, the_study.path, lambda path: load_study(path, Path.cwd())))
+
+
+@app.command()
 def figure(study: StudyName, name: str, log: Log = None) -> None:
     """Draw one figure of a study as PDF, PNG and CSV, with its provenance."""
     with _stage(f"figure {name}", log):
@@ -609,7 +623,8 @@ def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
 
 def _study_inputs(study: Study) -> dict[str, Path]:
     results = layout.RESULTS / study.name
-    inputs = {path.name: path for path in (results / "plan.json", *sorted((results / "comparison").glob("*")))}
+    compared = sorted((results / "comparison").glob("*"))
+    inputs = {path.name: path for path in (results / "plan.json", *compared) if path.stem not in ADVICE}
     return inputs | {f"metrics/{run.id}": results / "metrics" / f"{run.id}.json" for run in study.all_runs}
 
 

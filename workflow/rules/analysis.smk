@@ -1,4 +1,4 @@
-# Analysis: the comparison of a study's arms.
+# Analysis: the comparison of a study's arms, and advice on what to try next.
 
 
 rule compare:
@@ -26,3 +26,25 @@ rule compare:
         "Compare the arms of study {wildcards.study}."
     shell:
         "finegrid compare {wildcards.study} --log {log}"
+
+
+rule advice:
+    input:
+        rules.compare.output,
+        study_files,
+        plan="results/{study}/plan.json",
+        data=study_token_reports,
+    output:
+        advice="results/{study}/comparison/advice.json",
+        next_study="results/{study}/comparison/next_study.yaml",
+    log:
+        "logs/advice/{study}.log",
+    localrule: True
+    conda:
+        "../../envs/finegrid.yaml"
+    params:
+        code=code_fingerprint("finegrid.analysis.advice"),
+    message:
+        "Say what to try after study {wildcards.study}."
+    shell:
+        "finegrid advice {wildcards.study} --log {log}"

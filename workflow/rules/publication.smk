@@ -69,6 +69,7 @@ rule study_tables:
 rule study_report:
     input:
         rules.compare.output,
+        advice=rules.advice.output,
         plan="results/{study}/plan.json",
         data=study_token_reports,
         figures=study_figures,
