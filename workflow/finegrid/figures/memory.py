@@ -18,6 +18,7 @@ from finegrid.figures.style import Study
 
 NEAR = 0.1  # within this share of the prediction is near
 ROWS = 14  # arms that get a line of the right panel
+MOST = 40  # arms in the figure of what was measured alone
 LETTERS = 22  # of an arm's label
 MIB, GIB = 2**20, 2**30
 
@@ -33,13 +34,15 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     study = style.load_study(study_dir)
     table = _table(study)
     known = table[table["ratio"].notna()]
+    if known.empty:
+        return _measured_alone(study, table), table
     named, more = style.named_arms(study, lambda arm: _far(known, arm))
     marks = dict(zip(named, style.MARKERS, strict=False))
     figure, (left, right) = style.start(style.DOUBLE, 2.5, 1, 2, width_ratios=(1, 1))
     _scatter(left, table, marks, study)
     arms = [arm.arm for arm in study.trained if (table["arm"] == arm.arm).any()]
     if len(arms) <= ROWS:
-        _ratios(right, known, arms, study)
+        _points(right, known, "ratio", arms, study)
     else:
         ends = min([1 - 2 * NEAR, *known["ratio"]]), max([1 + 2 * NEAR, *known["ratio"]])
         right.hist(known["ratio"], bins=40, range=ends, histtype="stepfilled", color="0.45")
@@ -56,6 +59,19 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     style.legend(figure, handles, more)
     style.message(figure, _message(table, known))
     return figure, table
+
+
+def _measured_alone(study: Study, table: pd.DataFrame) -> Figure:
+    """What training took, where the plan could predict nothing: of a model whose shape it does not know."""
+    arms = list(dict.fromkeys(table["arm"]))[:MOST]
+    figure, panel = style.start(style.SINGLE, 0.5 + 0.17 * max(len(arms), 3))
+    _points(panel, table, "measured_gib", arms, study)
+    panel.set_xlim(0, max(table["measured_gib"].max(), 0.1) * 1.08)
+    panel.set_xlabel("Measured peak memory (GiB)")
+    left_out = table["arm"].nunique() - len(arms)
+    style.legend(figure, [], f"and {left_out} more arms: see the table" if left_out else None)
+    style.message(figure, _message(table, table[table["ratio"].notna()]))
+    return figure
 
 
 def _table(study: Study) -> pd.DataFrame:
@@ -110,12 +126,12 @@ def _scatter(panel: Axes, table: pd.DataFrame, marks: dict[str, str], study: Stu
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def _ratios(panel: Axes, known: pd.DataFrame, arms: list[str], study: Study) -> None:
+def _points(panel: Axes, table: pd.DataFrame, column: str, arms: list[str], study: Study) -> None:
+    """A row an arm, a point a run."""
     for row, arm in enumerate(arms):
-        ratios = known.loc[known["arm"] == arm, "ratio"]
-        panel.plot(
-            ratios, [row] * len(ratios), "o", color=study.colours[arm], markersize=4, alpha=0.85, markeredgewidth=0
-        )
+        values = table.loc[table["arm"] == arm, column]
+        options = {"color": study.colours[arm], "markersize": 4, "alpha": 0.85, "markeredgewidth": 0}
+        panel.plot(values, [row] * len(values), "o", **options)
     panel.set_yticks(range(len(arms)), [style.cut(study.label(arm), LETTERS) for arm in arms])
     panel.set_ylim(len(arms) - 0.4, -0.6)
     panel.grid(axis="y", visible=False)

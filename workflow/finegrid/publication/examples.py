@@ -16,8 +16,8 @@ ARMS = 8  # answers that are readable side by side
 TAGS = {
     "gain": "gained most",
     "loss": "lost most",
-    "ahead": "best arm ahead",
-    "behind": "best arm behind",
+    "ahead": "ahead of the baseline",
+    "behind": "behind the baseline",
     "random": "random",
 }
 

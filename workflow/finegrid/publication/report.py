@@ -408,8 +408,12 @@ def _change(change: dict | None) -> str:
 
 def _evidence(fact: dict) -> str:
     step = "" if fact.get("step") is None else f" at step {fact['step']}"
-    limit = "" if fact.get("threshold") is None else f" (threshold {plain(fact['threshold'])})"
-    return f"{fact.get('run', '')}{step}: {fact.get('what', '')} {plain(fact.get('value'))}{limit}"
+    limit = "" if fact.get("threshold") is None else f" (threshold {_short(fact['threshold'])})"
+    return f"{fact.get('run', '')}{step}: {fact.get('what', '')} {_short(fact.get('value'))}{limit}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else plain(value)
 
 
 def data_reports(results: Results) -> list[dict]:
