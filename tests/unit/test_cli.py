@@ -100,3 +100,11 @@ def test_data_set_of_no_study_says_where_it_looked(folder):
     done = finegrid(folder, "clean", "sums-00000000")
     assert done.returncode == 1
     assert done.stderr == "error: data set 'sums-00000000': no study uses it; looked in sums\n"
+
+
+def test_a_figure_that_does_not_fit_the_study_is_refused_with_what_it_needs(folder):
+    done = finegrid(folder, "figure", "sums", "heatmap")
+    assert done.returncode == 1
+    assert "figure 'heatmap': needs two factors whose levels are combined with each other" in done.stderr
+    done = finegrid(folder, "figure", "sums", "qualty")
+    assert "did you mean 'quality'?" in done.stderr

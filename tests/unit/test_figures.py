@@ -507,7 +507,10 @@ def test_several_data_sets_get_a_row_each(tmp_path):
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "seeds"])
 def test_one_seed_and_one_arm_are_drawn(tmp_path, name):
     study = make_results(tmp_path, arms=1, seeds=1, levels=0, examples=8)
-    assert_readable(module(name).plot(study)[0])
+    figure, _ = module(name).plot(study)
+    assert_readable(figure)
+    if name == "quality":
+        assert "mean, 95 % interval over examples alone (one seed)" in [label for label, _ in texts(figure)]
 
 
 def test_chinese_labels_fall_back_and_say_so_where_no_font_has_them(tmp_path, monkeypatch):

@@ -144,6 +144,23 @@ def test_missing_comparison_is_named(tmp_path: Path):
         write_report(tmp_path, tmp_path / "report.html")
 
 
+def test_corpus_scores_are_columns_where_they_were_measured(tmp_path: Path):
+    study = make_results(tmp_path)
+    path = study / "comparison/arms.tsv"
+    arms = pd.read_csv(path, sep="\t")
+    for name, value in (("corpus_bleu", 7.25), ("corpus_chrf", float("nan"))):
+        arms[[name, f"{name}_low", f"{name}_high"]] = [value, value - 1, value + 1]
+    arms.to_csv(path, sep="\t", index=False)
+
+    write_report(study, tmp_path / "report.html")
+
+    page = lxml.html.document_fromstring((tmp_path / "report.html").read_bytes())
+    heads = [text(head.find("button")) for head in page.xpath("//table[@id='arms-table']/thead//th")]
+    assert "Corpus chrF" not in heads
+    cell = page.xpath("//table[@id='arms-table']/tbody/tr[1]/*")[heads.index("Corpus BLEU")]
+    assert text(cell) == "7.2[6.2, 8.2]"
+
+
 # ---- the answer ------------------------------------------------------------------------------------------------------
 
 

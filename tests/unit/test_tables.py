@@ -147,6 +147,16 @@ def test_a_table_of_more_arms_than_a_page_holds_has_the_best_and_says_so(tmp_pat
     assert len((tmp_path / "tables/arms.md").read_text().splitlines()) > 62
 
 
+def test_one_seed_is_said_to_hold_for_these_models_alone(tmp_path: Path):
+    study = make_results(tmp_path, seeds=1, levels=0, examples=12)
+    write_tables(study, tmp_path / "tables")
+
+    for name in ("arms.tex", "arms.md"):
+        content = (tmp_path / "tables" / name).read_text()
+        assert "with one seed they hold for these trained models" in content
+        assert "over seeds and examples" not in content
+
+
 def test_lower_loss_leads(study: Path):
     results = load_results(study)
 

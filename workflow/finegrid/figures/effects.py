@@ -167,7 +167,14 @@ def _handles(study: Study, single: bool) -> list:
     grey = {"color": "0.3", "linestyle": "none"}
     if single:
         handles = [
-            Line2D([], [], color="0.3", marker="o", markersize=4.5, label="difference to the baseline, 95 % interval")
+            Line2D(
+                [],
+                [],
+                color="0.3",
+                marker="o",
+                markersize=4.5,
+                label=f"difference to the baseline, {style.interval(study)}",
+            )
         ]
     else:
         handles = [Line2D([], [], marker="o", markersize=3, label="two arms that differ in this alone", **grey)]

@@ -136,7 +136,7 @@ def _difference_axis(panel, table: pd.DataFrame, arms: list[str], study: Study) 
 
 
 def _handles(study: Study, table: pd.DataFrame) -> list:
-    handles = [Line2D([], [], color="0.3", marker="o", markersize=4.5, label="mean, 95 % interval")]
+    handles = [Line2D([], [], color="0.3", marker="o", markersize=4.5, label=f"mean, {style.interval(study)}")]
     if table[table["seed"].notna()].groupby("arm").size().gt(1).any():
         handles.append(Line2D([], [], label="each seed", **SEED))
     if study.plan.margin:

@@ -303,7 +303,7 @@ def _handles(study: Study, table: pd.DataFrame, named: dict[str, str], tuned: bo
             color=colours.get(name, "0.55"),
             marker=marker,
             markersize=4,
-            label="mean, 95 % interval" if only else name,
+            label=f"mean, {style.interval(study)}" if only else name,
         )
         for name, marker in named.items()
     ]

@@ -337,6 +337,11 @@ def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def interval(study: Study) -> str:
+    """What an interval is called in a legend: with one seed it holds for the examples alone."""
+    return "95 % interval" if study.arms["seeds"].max() > 1 else "95 % interval over examples alone (one seed)"
+
+
 def verdict(arm: pd.Series, study: Study) -> str:
     """A verdict as it is printed beside a difference, with the p that decided it; of a row whose name is the arm, or
     that has a column `arm`."""

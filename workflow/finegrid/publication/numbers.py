@@ -108,6 +108,8 @@ def _arm_numbers(results: Results, arm: str) -> dict[str, str]:
     for metric in results.metrics:
         for end in ("", "_low", "_high"):
             values[macro_name(f"{metric}{end}")] = _decimal(row[f"{metric}{end}"], 3)
+    for name in ("corpus_bleu", "corpus_chrf"):
+        values |= {macro_name(f"{name}{end}"): _decimal(row.get(f"{name}{end}"), 1) for end in ("", "_low", "_high")}
     values |= _differences(results, arm)
     if arm in results.trained:
         values |= _costs(results, arm)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 from matplotlib.colors import to_hex
 
 from finegrid.analysis.compare import LOWER_IS_BETTER
@@ -240,6 +241,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 # ---- arms ------------------------------------------------------------------------------------------------------------
 
+CORPUS = {"corpus_bleu": "Corpus BLEU", "corpus_chrf": "Corpus chrF"}  # 0 to 100, of the whole split at once
 COSTS = {
     "peak_memory_mb": ("Memory", "peak while training, GiB"),
     "train_seconds": ("Time", "of training alone, a run"),
@@ -259,6 +261,7 @@ def arm_columns(results: Results) -> list[tuple[str, str]]:
         ("Verdict", "p adjusted (Holm)"),
     ]
     columns += [(METRIC_NAMES[name], better[name]) for name in results.metrics if name != results.metric]
+    columns += [(CORPUS[name], "0 to 100; higher is better") for name in _corpus(results)]
     return [*columns, *COSTS.values(), ("Seeds", "")]
 
 
@@ -273,6 +276,7 @@ def arm_rows(results: Results) -> list[dict]:
         place = [100 * (end - low) / span for end in ends] if all(map(math.isfinite, ends)) else None
         cells = [_difference_cell(results, arm), _verdict_cell(results, arm)]
         cells += [_metric_cell(results, arm, name) for name in results.metrics if name != results.metric]
+        cells += [_corpus_cell(row, name) for name in _corpus(results)]
         cells += [_cost_cell(name, row[name]) for name in COSTS]
         cells.append(Cell(str(row["seeds"] or NOTHING), int(row["seeds"])))
         estimate = _metric_cell(results, arm, results.metric)
@@ -289,6 +293,16 @@ def arm_rows(results: Results) -> list[dict]:
             }
         )
     return rows
+
+
+def _corpus(results: Results) -> list[str]:
+    return [name for name in CORPUS if name in results.arms and results.arms[name].notna().any()]
+
+
+def _corpus_cell(row: pd.Series, name: str) -> Cell:
+    mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    detail = f"[{decimal(low, 1)}, {decimal(high, 1)}]" if math.isfinite(low) else ""
+    return Cell(decimal(mean, 1), _sortable(mean), detail=detail)
 
 
 def _metric_cell(results: Results, arm: str, metric: str) -> Cell:

@@ -48,8 +48,13 @@ _BATCH = "Effective batch = batch per device × GPUs × accumulation steps."
 SIDE_BY_SIDE = 6  # arms that fit beside each other
 PAGE = 40  # arms that a page holds
 _CUT = "the base models, the baseline and those with the best means; the others are in arms.csv."
+_ONE_SEED = (
+    "Means with 95 % intervals over examples alone: with one seed they hold for these trained models, not for the "
+    "methods."
+)
+_SEEDS = "Means with 95 % intervals over seeds and examples."
 _READING = (
-    "Means with 95 % intervals over seeds and examples. Bold: the best mean, and each arm that is not shown to differ "
+    "Bold: the best mean, and each arm that is not shown to differ "
     "from it nor to be worse than the baseline: by the verdict of the paired comparison, or where there is none by "
     "intervals that overlap."
 )
@@ -193,9 +198,10 @@ def _caption(results: Results) -> str:
     margin = results.comparison.get("margin")
     if margin is not None:
         verdict += f", equivalent within {margin:g}"
+    over = _SEEDS if results.arms["seeds"].max() > 1 else _ONE_SEED
     return (
         f"{results.plan['title']} {metric} on {examples}, {seeds}; paired difference to "
-        f"{results.label(results.baseline)} with its own 95 % interval, and the verdict after {verdict}."
+        f"{results.label(results.baseline)} with its own 95 % interval, and the verdict after {verdict}. {over}"
     )
 
 
