@@ -541,6 +541,14 @@ def test_figures_say_what_is_missing(tmp_path):
         loss_curves.plot(study)
 
 
+def test_names_with_commas_are_quoted_in_lists():
+    assert style.listed(["a", "b", "c"]) == "a, b and c"
+    assert style.listed(["a, x"]) == "a, x"
+    assert style.listed(["a, x", "b, x"]) == "“a, x” and “b, x”"
+    assert style.signed(-0.0001) == "0.000"
+    assert style.signed(-0.02) == "−0.020"
+
+
 def test_wrapped_lines_have_like_lengths_and_chinese_counts_double():
     lines = style.wrapped("one two three four five six seven", 30).split("\n")
     assert len(lines) == 2

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from finegrid.figures import style
 from finegrid.figures.style import Study
 
+MANY = 40  # arms whose intervals can be told apart
 LEAST = 0.01  # of the metric that the axis spans
 WIDE = 20  # costs further apart than this factor get a logarithmic axis
 
@@ -57,7 +58,9 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
     for panel, cost in zip(axes, COSTS, strict=True):
         for arm in study.trained:
             row = table[table["arm"] == arm.arm].iloc[0]
-            _point(panel, row, cost.column, study.colours[arm.arm], marks.get(arm.arm))
+            mark = marks.get(arm.arm)
+            interval = mark is not None or len(study.trained) <= MANY
+            _point(panel, row, cost.column, study.colours[arm.arm], mark, interval)
         for arm in study.untrained:
             panel.axhline(quality[arm.arm], color=study.colours[arm.arm], linestyle="--", linewidth=1, zorder=1.5)
         _axis(panel, table[cost.column].dropna(), cost)
@@ -136,13 +139,16 @@ def _front(gains: pd.Series, costs: pd.Series) -> pd.Series:
     return (order["gain"] > best).reindex(gains.index, fill_value=False)
 
 
-def _point(panel, arm: pd.Series, column: str, colour, marker: str | None) -> None:
-    """Mean and interval at the arm's cost; arms that the legend does not name are drawn small and pale."""
+def _point(panel, arm: pd.Series, column: str, colour, marker: str | None, interval: bool) -> None:
+    """Mean and interval at the arm's cost; arms that the legend does not name are drawn small and pale, and of very
+    many the mean alone."""
     if pd.isna(arm[column]):
         return
     alpha, size, width = (1, 5, 1) if marker else (0.5, 2.5, 0.5)
     order = 3 if marker else 2
-    panel.plot([arm[column]] * 2, [arm["low"], arm["high"]], color=colour, linewidth=width, alpha=alpha, zorder=order)
+    if interval:
+        ends = [arm["low"], arm["high"]]
+        panel.plot([arm[column]] * 2, ends, color=colour, linewidth=width, alpha=alpha, zorder=order)
     options = {"color": colour, "markersize": size, "alpha": alpha, "zorder": order + 0.5, "markeredgecolor": "white"}
     panel.plot(arm[column], arm["mean"], marker or "o", markeredgewidth=0.4 if marker else 0, **options)
 

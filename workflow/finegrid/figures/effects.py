@@ -160,7 +160,11 @@ def _beside(line: Line, study: Study, single: bool) -> str:
     if single:
         return style.verdict(line.rows.iloc[0], study)
     mean, count = line.rows["difference"].mean(), line.rows["difference"].count()
-    return f"{mean:+.3f} over {count} pair{'' if count == 1 else 's'}" if math.isfinite(mean) else "no number: diverged"
+    return (
+        f"{style.signed(mean)} over {count} pair{'' if count == 1 else 's'}"
+        if math.isfinite(mean)
+        else "no number: diverged"
+    )
 
 
 def _handles(study: Study, single: bool) -> list:
@@ -196,7 +200,7 @@ def _message(study: Study, table: pd.DataFrame, single: bool) -> str:
         study.level(factor, None if text == design.RECIPE else text)
         for text in (rows["reference_level"].iloc[0], level)
     ]
-    step = f"{design.words(factor)}, {names[0]} to {names[1]} ({means[factor, level]:+.3f})"
+    step = f"{design.words(factor)}, {names[0]} to {names[1]} ({style.signed(means[factor, level])})"
     if not single:
         return f"Of {count} factors, the largest mean change in {name} comes from {step}"
     decided = table[table["verdict"].isin(["better", "worse"])]

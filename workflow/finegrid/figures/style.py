@@ -333,8 +333,18 @@ def capital(name: str) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    """`a`, `a and b`, `a, b and c`; several names are quoted where one of them has a comma."""
+    if len(names) == 1:
+        return names[0]
+    if any("," in name for name in names):
+        names = [f"“{name}”" for name in names]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def signed(value: float) -> str:
+    """A difference with three digits and a real minus sign."""
+    text = f"{value:+.3f}"
+    return text.replace("-", "−") if float(text) else "0.000"
 
 
 def interval(study: Study) -> str:

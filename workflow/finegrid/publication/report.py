@@ -153,7 +153,11 @@ def _clause(results: Results, verdict: str, arms: list[str], baseline: str) -> s
     if verdict == "equivalent":
         return f"{_names(results, arms)} {_is(arms)} equivalent to {baseline} within ±{results.comparison['margin']:g}"
     led = f", led by {_with_difference(results, arms[0])}," if verdict == "better" else ""
-    names = joined([_with_difference(results, arm) for arm in arms]) if len(arms) <= FEW else f"{len(arms)} arms{led}"
+    names = (
+        joined([_with_difference(results, arm) for arm in arms], quote=False)
+        if len(arms) <= FEW
+        else f"{len(arms)} arms{led}"
+    )
     return f"{names} {_is(arms)} {verdict} than {baseline}"
 
 

@@ -281,9 +281,13 @@ def decimal(value: object, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")
 
 
-def joined(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+def joined(names: list[str], quote: bool = True) -> str:
+    """`a`, `a and b`, `a, b and c`; several names are quoted where one of them has a comma."""
+    if len(names) < 2:
+        return "".join(names)
+    if quote and any("," in name for name in names):
+        names = [f"“{name}”" for name in names]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def counted(count: int, noun: str) -> str:
