@@ -83,21 +83,25 @@ class Study:
     comparison: dict
     colours: dict[str, tuple[float, float, float]] = field(repr=False)
 
-    @property
+    @cached_property
     def trained(self) -> list[Arm]:
         """Arms that were trained, in the plan's order."""
-        return [arm for arm in self.plan.arms if any(run.train for run in self.plan.runs_of(arm.arm))]
+        trained = _trained(self.plan)
+        return [arm for arm in self.plan.arms if arm.arm in trained]
 
-    @property
+    @cached_property
     def untrained(self) -> list[Arm]:
         """Base models as they are, in the plan's order."""
-        trained = {arm.arm for arm in self.trained}
+        trained = _trained(self.plan)
         return [arm for arm in self.plan.arms if arm.arm not in trained]
 
     def label(self, arm: str) -> str:
         """The arm's name in print."""
-        found = next(one for one in self.plan.arms if one.arm == arm)
-        return printable(found.label, found.arm)
+        return self._labels[arm]
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        return {arm.arm: printable(arm.label, arm.arm) for arm in self.plan.arms}
 
     @cached_property
     def level_names(self) -> dict[tuple[str, str], str]:
@@ -159,13 +163,18 @@ def load_study(folder: Path) -> Study:
     return Study(folder, plan, arms, comparisons, comparison, arm_colours(plan))
 
 
+def _trained(plan: Plan) -> set[str]:
+    return {run.arm for run in plan.runs if run.train}
+
+
 def arm_colours(plan: Plan) -> dict[str, tuple[float, float, float]]:
     """One colour an arm, the same in every figure: it hangs on the order of the arms in the plan alone.
 
     Untrained base models are grey. Up to FEW arms have the colours of seaborn's colour-blind palette; more have
     shades of viridis, which all readers tell apart by lightness; where they matter, figures add a marker.
     """
-    trained = [arm.arm for arm in plan.arms if any(run.train for run in plan.runs_of(arm.arm))]
+    names = _trained(plan)
+    trained = [arm.arm for arm in plan.arms if arm.arm in names]
     untrained = [arm.arm for arm in plan.arms if arm.arm not in trained]
     greys = sns.color_palette("Greys_r", len(untrained) + 2)[: len(untrained)]
     palette = [
