@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import lxml.html
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from browser import Browser, chromium
@@ -203,6 +205,46 @@ def test_answer_of_one_seed_speaks_of_these_models_only(tmp_path: Path):
     _, second = answer(load_results(study))
 
     assert second.startswith("With one seed this speaks of these trained models alone")
+
+
+def heading(study: Path, name: str) -> str:
+    figure, _ = importlib.import_module(f"finegrid.figures.{name}").plot(study)
+    plt.close(figure)
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def test_a_study_whose_arms_differ_says_so_in_report_and_figures(tmp_path: Path):
+    effects = {"full": 0.035, "lora": 0.060, "qlora": 0.010}
+    study = make_results(tmp_path, seeds=3, examples=300, levels=0, effects=effects)
+
+    first, second = answer(load_results(study))
+
+    assert re.fullmatch(
+        r"In ROUGE-L on 300 test examples, LoRA \(\+0\.0\d\d \[0\.0\d\d, 0\.0\d\d\]\) is better than Full; "
+        r"QLoRA \(nf4\) \(−0\.0\d\d \[−0\.0\d\d, −0\.0\d\d\]\) is worse than Full\.",
+        first,
+    )
+    assert second.startswith("This rests on 3 seeds, these data and this budget")
+    assert heading(study, "quality") == "In ROUGE-L, LoRA is better than Full; QLoRA (nf4) is worse than it"
+    assert heading(study, "cost").endswith("QLoRA (nf4) needs less memory")
+    assert load_results(study).leaders["rougeL"] == {"lora"}
+
+
+def test_a_study_whose_arms_do_not_differ_names_no_winner_anywhere(tmp_path: Path):
+    effects = {"full": 0.035, "lora": 0.035, "qlora": 0.050}  # from a base that scores 0.015 less
+    study = make_results(tmp_path, seeds=3, examples=300, levels=0, effects=effects)
+
+    first, second = answer(load_results(study))
+
+    texts = [first, second, heading(study, "quality"), heading(study, "cost")]
+    for sentence in texts:
+        assert "better than" not in sentence
+        assert "worse than" not in sentence
+    undecided = "not distinguishable" in first
+    assert undecided or "equivalent to Full within ±0.01" in first
+    assert not undecided or "cannot claim that" in second
+    assert "not shown to be worse" in texts[3] or "needs the least memory" in texts[3]
+    assert {"full", "lora", "qlora"} <= load_results(study).leaders["rougeL"]
 
 
 def test_answer_names_a_diverged_arm(tmp_path: Path):
