@@ -130,6 +130,7 @@ def test_files_that_the_import_could_not_read_are_refused_and_not_kept(folder, t
 
 
 RESULT, SOURCE, TOKENS = "results/s/metrics/r.json", "data/raw/train.jsonl", "data/tokens/t/train.arrow"
+DROPPED = "data/tokens/t/dropped.jsonl"
 
 
 @pytest.fixture
@@ -138,13 +139,14 @@ def recorded(folder) -> Path:
     from snakemake.persistence import MetadataRecord
     from snakemake.persistence.file import FilePersistence
 
-    for path in (RESULT, SOURCE, TOKENS, "results/s/plan.json"):
+    for path in (RESULT, SOURCE, TOKENS, DROPPED, "results/s/plan.json"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(path)
     store = FilePersistence(nolock=True)
     digest = f"sha256:{records.file_hash(Path(SOURCE))}"
     job = {"rule": "tokenise", "params": ["'1'"], "record_format_version": 6}
-    store._write_record(TOKENS, MetadataRecord(**job, input=[SOURCE], input_checksums={SOURCE: digest}))
+    for path in (TOKENS, DROPPED):  # of one job; nothing reads the second
+        store._write_record(path, MetadataRecord(**job, input=[SOURCE], input_checksums={SOURCE: digest}))
     digest = f"sha256:{records.file_hash(Path(TOKENS))}"
     job = {"rule": "evaluate", "params": ["'2'"], "record_format_version": 6}
     store._write_record(RESULT, MetadataRecord(**job, input=[TOKENS], input_checksums={TOKENS: digest}))
@@ -158,6 +160,7 @@ def test_records_put_back_are_those_that_snakemake_wrote(recorded):
     record = records._persistence()._read_record(RESULT)
     assert (record.rule, record.params, record.input) == ("evaluate", ["'2'"], [TOKENS])
     assert record.input_checksums == {TOKENS: f"sha256:{records.file_hash(Path(TOKENS))}"}
+    assert records._persistence()._read_record(DROPPED).input == [SOURCE]
     assert records.put_back("s") == []  # until git brings others
     text = records.records_file("s").read_text()
     records.write("s")

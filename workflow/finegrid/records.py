@@ -94,7 +94,7 @@ def _finished_jobs(folder: Path, hashes: Hashes) -> Iterator[Job]:
         facts = {name: getattr(record, name) for name in KEPT}
         key = json.dumps([facts, inputs])
         jobs.setdefault(key, Job({}, inputs, facts)).outputs[path] = hashes.of(path)
-        new = [name for name in inputs if name not in seen]
+        new = [name for name in (*inputs, *_siblings(path, record, persistence)) if name not in seen]
         seen.update(new)
         waiting += new
     yield from jobs.values()
@@ -107,6 +107,20 @@ def _results(folder: Path) -> Iterator[Path]:
         depth = len(path.relative_to(runs).parts) if path.is_relative_to(runs) else 0
         if (path.is_file() and depth <= 2) or (path.is_dir() and depth == 2):
             yield path
+
+
+def _siblings(path: str, record: Any, persistence: Any) -> Iterator[str]:
+    """What the same job made beside an output, such as rejected rows, which no other job reads.
+
+    Snakemake takes a job's inputs for changed if it knows nothing of one of its outputs. Of a study's folder all files
+    are looked at anyway.
+    """
+    if Path(path).is_relative_to(layout.RESULTS):
+        return
+    for beside in sorted(Path(path).parent.glob("*")):
+        other = persistence._read_record(beside.as_posix())
+        if other is not None and (other.rule, other.shellcmd) == (record.rule, record.shellcmd):
+            yield beside.as_posix()
 
 
 def _line(job: Job) -> str:

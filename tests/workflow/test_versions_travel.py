@@ -28,7 +28,7 @@ factors:
 compare: {metric: rougeL, margin: 0.01}
 """
 DRAWN = [name for name in FIGURES if name not in NEEDS and name not in PLAN_FIGURES]
-AFTER_EVALUATION = {"compare": 1, "figure": len(DRAWN), "study_tables": 1, "study_report": 1}
+AFTER_EVALUATION = {"compare": 1, "advice": 1, "figure": len(DRAWN), "study_tables": 1, "study_report": 1}
 
 
 class Versioned(Checkout):
