@@ -272,6 +272,7 @@ def evaluate(
                 metrics=results / "metrics" / f"{run}.json",
                 progress=say,
             )
+        _write_evaluation_provenance(the_study, the_run, results / "provenance/evaluation" / f"{run}.json")
 
 
 @app.command()
@@ -621,6 +622,39 @@ def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
     )
 
 
+def _write_evaluation_provenance(study: Study, run: Run, output: Path) -> None:
+    """Of a scoring, an untrained model's too; no output of the rule, for it says nothing that later stages hang on."""
+    from finegrid import provenance
+    from finegrid.fingerprint import code_fingerprint, short_hash
+
+    results, tokens = layout.RESULTS / study.name, layout.tokens_folder(run)
+    weights = {} if run.method == "base" else {"training": results / "training" / f"{run.id}.json"}
+    provenance.write(
+        output,
+        Path.cwd(),
+        inputs={"model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json", **weights}
+        | {split: tokens / f"{split}.arrow" for split in ("validation", "test")},
+        study=study.name,
+        run=run.id,
+        data=f"{run.dataset}-{run.data_id}",
+        data_version=provenance.data_version(tokens / "report.json"),
+        model=run.settings.model.model_name_or_path,
+        device=_evaluation_device(run),
+        seed=run.seed,
+        settings_hash=short_hash(run.settings.evaluation_settings()),
+        code=code_fingerprint("finegrid.evaluation.evaluate"),
+        command=_command(),
+        outputs=provenance.hashes_of(results / "runs" / run.id / "predictions.jsonl"),
+    )
+
+
+def _evaluation_device(run: Run) -> str:
+    import torch
+
+    uses_gpu = torch.cuda.is_available() and not run.settings.training_args.get("use_cpu", False)
+    return torch.cuda.get_device_name() if uses_gpu else "cpu"
+
+
 def _study_inputs(study: Study) -> dict[str, Path]:
     results = layout.RESULTS / study.name
     compared = sorted((results / "comparison").glob("*"))
@@ -633,7 +667,8 @@ def _write_study_provenance(
 ) -> None:
     from finegrid import provenance
 
-    facts = {"study": study.name, "code": code, "command": _command()}
+    runs = [layout.RESULTS / study.name / "provenance" / f"{run.id}.json" for run in study.runs]
+    facts = {"study": study.name, "code": code, "command": _command(), **provenance.of_runs(runs)}
     provenance.write(output, Path.cwd(), inputs=inputs, made_at=made_at, **facts)
 
 

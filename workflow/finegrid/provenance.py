@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from finegrid.files import write_json
-from finegrid.fingerprint import file_hash
+from finegrid.fingerprint import file_hash, short_hash
 
 WRITTEN = ("results", "dvc.yaml", "dvc.lock")
 PACKAGES = [
@@ -131,9 +132,42 @@ def other_versions(records: dict[str, Path]) -> list[str]:
     return problems
 
 
-def hashes_of(folder: Path) -> dict[str, str]:
-    """Return path -> SHA-256 of the files in a folder, such as a run's weights."""
-    return {path.as_posix(): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def of_runs(records: Iterable[Path]) -> dict[str, object]:
+    """Return what runs were made of: settings, data, models, devices, seeds and commits.
+
+    Args:
+        records: provenance files of the runs; those that are not there yet are passed over.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in records if path.is_file()]
+    if not found:
+        return {}
+
+    def all_of(*keys: str) -> list:
+        values = [value for record in found if (value := _inside(record, keys)) is not None]
+        return sorted(set(values))
+
+    versions = [version for record in found for version in record.get("data_version", {}).items()]
+    return {
+        "runs": len(found),
+        "settings_hash": short_hash(all_of("settings_hash")),
+        "data_version": dict(sorted(versions)),
+        "models": all_of("inputs", "model", "sha256"),
+        "devices": all_of("device"),
+        "seeds": all_of("seed"),
+        "trained_at": all_of("commit"),
+    }
+
+
+def _inside(record: object, keys: tuple[str, ...]) -> object:
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def hashes_of(path: Path) -> dict[str, str]:
+    """Return path -> SHA-256 of a file, or of those in a folder, such as a run's weights."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    return {file.as_posix(): file_hash(file) for file in files if file.is_file()}
 
 
 def package_versions() -> dict[str, str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid import layout, records, versions
 from finegrid.errors import UserError
+from finegrid.fingerprint import file_hash
 from finegrid.records import some
 
 if TYPE_CHECKING:
@@ -149,47 +149,36 @@ def _check_records(study: str, jobs: Iterable[records.Job], targets: list[str], 
 
 
 def _models(runs: Iterable[Run]) -> list[str]:
-    """Say which base models have the files that results were made with; they can be read and redrawn without them.
+    """Say which base models are here with the files that results were made with, and how the others are brought.
 
-    A model of a hub is fetched, and the demo's is made; another one's folder is the user's to bring.
+    Nothing is fetched: results are read and redrawn without the base model, and it may be large.
 
     Raises:
         UserError: a base model has other files than its manifest tells of.
     """
     notes = []
     for name, model in {layout.model_name(run.settings.model): run.settings.model for run in runs}.items():
-        manifest = layout.MODELS / f"{name}.json"
-        try:
-            if model.model_name_or_path == layout.DEMO_MODEL and not (Path(layout.DEMO_MODEL) / "config.json").exists():
-                _make_demo_model()
-            found = _hashed(model)
-        except UserError as error:
-            notes.append(f"base model {name}: not at hand, needed for new runs only ({error.problems[0]})")
-            continue
+        manifest, folder = layout.MODELS / f"{name}.json", layout.model_folder(model)
         recorded = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        other = [file for file, entry in recorded.items() if found.get(file) != entry]
+        if not all((folder / file).is_file() for file in recorded):
+            notes.append(f"base model {name}: not all here, which new runs need; {_how_to_bring(model, folder)}")
+            continue
+        other = [file for file, entry in recorded.items() if file_hash(folder / file) != entry["sha256"]]
         if other:
             raise UserError(
-                f"base model {name}: {', '.join(some(other))}: not the files of {manifest}; expected those that the "
+                f"base model {folder}: {', '.join(some(other))}: not the files of {manifest}; expected those that the "
                 "results were made with"
             )
         notes.append(f"base model {name}: {len(recorded)} files, hashes as recorded")
     return notes
 
 
-def _hashed(model: ModelSettings) -> dict[str, Any]:
-    """Return the files of a base model with their hashes, fetched if need be."""
-    from finegrid.models import fetch_model
-
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_model(model, Path.cwd(), Path(folder) / "manifest.json")
-        return json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["files"]
-
-
-def _make_demo_model() -> None:
-    from finegrid.data.demo import convert_model
-
-    convert_model(Path(layout.DEMO_MODEL))
+def _how_to_bring(model: ModelSettings, folder: Path) -> str:
+    if model.revision:
+        return f"`finegrid model {layout.model_name(model)}` fetches it from the hub"
+    if model.model_name_or_path == layout.DEMO_MODEL:
+        return f"`finegrid demo-model {folder}` makes it"
+    return f"put the files of its manifest into {folder}"
 
 
 def _dry_run(study: str, run: Run | None, say: Say) -> None:

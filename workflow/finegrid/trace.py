@@ -125,8 +125,9 @@ def _chain(study: str, path: str) -> Chain:
                 seen.add(name)
                 waiting.append(name)
     for output in [output for job in chain.jobs for output in job.outputs]:
-        for file, digest in _provenance(output):
-            _claim(chain, file, digest, output)
+        for record in (output, *_beside(output)):
+            for file, digest in _provenance(record):
+                _claim(chain, file, digest, record)
     for name in list(chain.claims):
         for file, digest in _manifest(name):
             _claim(chain, file, digest, name)
@@ -137,6 +138,12 @@ def _claim(chain: Chain, path: str, digest: str | None, who: str) -> None:
     claims = chain.claims.setdefault(path, [])
     if digest and (digest, who) not in claims:
         claims.append((digest, who))
+
+
+def _beside(path: str) -> list[str]:
+    """The provenance of a scoring, which is no output of its rule: beside those of the trainings."""
+    parts = Path(path).parts
+    return [f"{'/'.join(parts[:-2])}/provenance/evaluation/{parts[-1]}"] if parts[-2:-1] == ("metrics",) else []
 
 
 def _provenance(path: str) -> Iterator[tuple[str, str]]:
