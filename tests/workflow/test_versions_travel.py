@@ -64,7 +64,7 @@ class Versioned(Checkout):
 
 @pytest.fixture(scope="module")
 def versioned(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Versioned:
-    """A project whose study was built by snakemake, recorded by DVC, pushed to a remote and committed."""
+    """A project whose study DVC built, through snakemake, and recorded; pushed to a remote and committed."""
     folder = tmp_path_factory.mktemp("versions") / "project"
     copy_project(project, tiny_model_dir, folder)
     for name in (".gitignore", ".dvcignore", "params.yaml", ".dvc/config", ".dvc/.gitignore"):
@@ -86,8 +86,8 @@ def versioned(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Ver
     (folder / "config/recipes/tiny.yaml").write_text(RECIPE)
     checkout("dvc", "remote", "add", "--default", "store", str(folder.parent / "store"))
     checkout.commit("The study")
-    checkout.snakemake()
-    checkout("dvc", "repro", "-q", "study@tiny")
+    checkout("finegrid", "dvc")
+    checkout("dvc", "repro", "study@tiny")
     checkout("dvc", "push", "-q")
     checkout.commit("Its results")
     return checkout

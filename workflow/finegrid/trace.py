@@ -55,7 +55,8 @@ def trace(target: str, study: str | None, say=print) -> bool:
         shown = ", ".join(records.some(chain.absent))
         say(f"not here, so not read: {shown}; `make restore STUDY={name}` brings them")
     held = "every hash holds" if not chain.broken else f"{len(chain.broken)} broken"
-    say(f"{path}: {chain.checked} files read, {held}")
+    absent = f"; {len(chain.absent)} files are not here" if chain.absent else ""
+    say(f"{path}: {chain.checked} files read, {held}{absent}")
     return not chain.broken
 
 
