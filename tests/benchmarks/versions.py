@@ -139,6 +139,7 @@ def make_results(project: Path, weights_kb: int) -> None:
     from finegrid.figures import fitting
     from finegrid.models import fetch_model
     from finegrid.plan import plan_settings
+    from finegrid.provenance import hashes_of
     from finegrid.study import load_study
 
     os.chdir(project)
@@ -166,6 +167,9 @@ def make_results(project: Path, weights_kb: int) -> None:
     for path, size in files.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(os.urandom(size // 2).hex().encode())
+    for each in study.runs:
+        outputs = hashes_of(layout.weights_folder("many", each))
+        (results / "provenance" / f"{each.id}.json").write_text(json.dumps({"run": each.id, "outputs": outputs}))
     lengths = {"quantiles": {"max": 50}}
     split = {"rows": 20, "label_tokens": 200, "tokens": 400, "prompt_lengths": lengths, "answer_lengths": lengths}
     report = json.dumps({"splits": dict.fromkeys(SPLITS, split)})

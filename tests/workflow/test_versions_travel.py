@@ -195,6 +195,21 @@ def test_restore_refuses_what_is_not_whole(versioned, tmp_path):
     assert "there is no remote to pull from" in done.stderr
 
 
+def test_restore_refuses_what_a_remote_damaged(versioned, tmp_path):
+    clone = versioned.clone(tmp_path / "clone")
+    shutil.copytree(versioned.folder.parent / "store", tmp_path / "store")
+    clone("dvc", "remote", "modify", "store", "url", str(tmp_path / "store"))
+    run = sorted(versioned.runs())[0]
+    weights = f"results/tiny/runs/{run}/adapter/adapter_model.safetensors"
+    content = (versioned.folder / weights).read_bytes()
+    (stored,) = [path for path in (tmp_path / "store").rglob("*") if path.is_file() and path.read_bytes() == content]
+    stored.chmod(0o644)
+    stored.write_bytes(content[:-1] + b"?")
+    done = clone("finegrid", "restore", "tiny", "--run", run, check=False)
+    assert done.returncode == 1
+    assert weights in done.stderr
+
+
 def test_trace_goes_back_to_raw_data_and_names_a_broken_link(versioned, tmp_path):
     copy = Versioned(tmp_path / "project")
     shutil.copytree(versioned.folder, copy.folder, symlinks=True)

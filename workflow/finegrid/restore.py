@@ -140,12 +140,25 @@ def _check_records(study: str, jobs: Iterable[records.Job], targets: list[str], 
     runs = f"{layout.RESULTS}/{study}/runs/"
     wanted = runs if run is None else f"{runs}{run.id}/"
     problems += [f"{path}: did not come" for path in found.missing if path.startswith(wanted)]
+    problems += _other_weights(study, wanted)
     if problems:
         raise UserError(
             *some(problems),
             "restore: what came does not fit the records in git; expected a commit whose dvc.lock and results were "
             f"committed together (after snakemake: `dvc repro study@{study}`, `dvc push`, then git commit)",
         )
+
+
+def _other_weights(study: str, wanted: str) -> list[str]:
+    """Hold weights to the hashes that the run's provenance has of them: DVC takes a remote's word for what it sends."""
+    problems = []
+    with records.Hashes() as hashes:
+        for record in sorted((layout.RESULTS / study / "provenance").glob("*.json")):
+            recorded = json.loads(record.read_text(encoding="utf-8")).get("outputs") or {}
+            for path, digest in recorded.items():
+                if path.startswith(wanted) and hashes.of(path) != digest:
+                    problems.append(f"{path}: not the file that {record} tells of")
+    return problems
 
 
 def _models(runs: Iterable[Run]) -> list[str]:
