@@ -125,22 +125,14 @@ def _shown(problem: str, sources: dict[str, Path]) -> str:
 
 def _place(source: Path, target: Path, say: Callable[[str], None]) -> str:
     """Copy a file to where raw data lies, and say whether it is a new version of what lay there."""
-    if target.is_file():
-        before, now = _versioned(target), file_hash(source)
-        if source.resolve() != target.resolve() and file_hash(target) != now:
-            say(f"add-data: {target}: a new version, {now[:12]} after {file_hash(target)[:12]}")
-        elif before:
-            say(f"add-data: {target}: {now[:12]}")
+    if target.is_file() and file_hash(target) != file_hash(source):
+        say(f"add-data: {target}: a new version, {file_hash(source)[:12]} after {file_hash(target)[:12]}")
     if source.resolve() != target.resolve():
         target.parent.mkdir(parents=True, exist_ok=True)
         half = target.with_name(f".{target.name}.half")
         shutil.copyfile(source, half)
         half.replace(target)
     return target.as_posix()
-
-
-def _versioned(path: Path) -> bool:
-    return Path(f"{path}.dvc").is_file()
 
 
 def _recipe(name: str, config: dict[str, Any], pattern: Path, say: Callable[[str], None]) -> None:
@@ -158,7 +150,7 @@ def _recipe(name: str, config: dict[str, Any], pattern: Path, say: Callable[[str
         return
     if not pattern.is_file():
         raise UserError(f"add-data: there is no recipe {pattern}; expected one such as config/recipes/lora.yaml")
-    text = pattern.read_text(encoding="utf-8")
-    text = SECTION.sub(lambda _: section + "\n", text, count=1) if SECTION.search(text) else f"{section}\n{text}"
+    text = pattern.read_text(encoding="utf-8").replace(pattern.as_posix(), path.as_posix())
+    text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{section}\n{text}"
     write_text(path, text)
     say(f"add-data {name}: {path} written, with the other settings of {pattern}; a study names it as `recipe: {path}`")
