@@ -131,7 +131,7 @@ def test_any_split_of_a_batch_gives_the_loss_curve_of_a_plain_loop(tmp_path, met
         max_grad_norm=0.15,
     )
     trainer = LabelTokenTrainer(model, args, Dataset.from_list(rows))
-    trainer.data_collator = RecordingCollator()
+    trainer.data_collator = RecordingCollator(flat=trainer.data_collator.flat)
     trainer.train()
     found = [
         (row["loss"], row["grad_norm"], row["learning_rate"]) for row in trainer.state.log_history if "loss" in row

@@ -154,6 +154,16 @@ class EarlyStopping(Section):
     threshold: float = Field(0.0, ge=0, description="Falls of the loss up to this size count as none.")
 
 
+class TrainingSettings(Section):
+    """How the steps are computed. No result hangs on it beyond rounding."""
+
+    padding_free: bool = Field(
+        True,
+        description="Lay a batch's rows end to end rather than padding them to the longest: the same losses, faster. "
+        "Models whose attention does not allow it are padded, and the run's summary says so.",
+    )
+
+
 class RunSettings(Section):
     """All settings of one run. `training_args`, `peft_config`, `quantization_config` and `generation_config` are
     plain dicts with the libraries' own keys, checked against `library_keys.json`; a null `peft_config` is full
@@ -180,6 +190,7 @@ class RunSettings(Section):
         1, ge=1, description="Machines of a Slurm cluster that train one run together, each with `gpus` processes."
     )
     early_stopping: EarlyStopping | None = Field(None, description="End a run that stopped improving, see below.")
+    training: TrainingSettings = Field(TrainingSettings(), description="How the steps are computed, see below.")
 
     @property
     def processes(self) -> int:
@@ -240,6 +251,7 @@ class RunSettings(Section):
             "gpus": self.gpus if self.gpus > 1 else None,
             "nodes": self.nodes if self.nodes > 1 else None,
             "early_stopping": self.early_stopping.model_dump(exclude_defaults=True) if self.early_stopping else None,
+            "training": self.training.model_dump(exclude_defaults=True) or None,
         }
         return _canonical({key: value for key, value in settings.items() if value is not None})
 

@@ -29,6 +29,7 @@ from finegrid.settings import (
     Limits,
     ModelSettings,
     RunSettings,
+    TrainingSettings,
     Truncation,
     library_fields,
     recipe_keys,
@@ -165,6 +166,7 @@ SECTIONS = {
     "data_config.limits": Limits,
     "evaluation": Evaluation,
     "early_stopping": EarlyStopping,
+    "training": TrainingSettings,
 }
 STUDY_EXAMPLE = """\
 ```yaml

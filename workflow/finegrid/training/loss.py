@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from finegrid.training.flat import layout_of
+
 
 def label_logits(model: nn.Module, head: nn.Module | None, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     """Return float32 logits of shape (N, V), one row for each of the batch's ``targets``, and the model's output.
@@ -31,7 +33,7 @@ def label_logits(model: nn.Module, head: nn.Module | None, batch: dict[str, Any]
 
     handle = head.register_forward_pre_hook(keep_label_positions) if head is not None else None
     try:
-        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        outputs = model(input_ids=batch["input_ids"], **layout_of(batch))
     finally:
         if handle is not None:
             handle.remove()

@@ -315,7 +315,14 @@ def _trainer(
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping(settings.early_stopping.patience, settings.early_stopping.threshold))
     try:
-        trainer = LabelTokenTrainer(model, args, rows, validation if len(validation) else None, callbacks=callbacks)
+        trainer = LabelTokenTrainer(
+            model,
+            args,
+            rows,
+            validation if len(validation) else None,
+            padding_free=settings.training.padding_free,
+            callbacks=callbacks,
+        )
     except (ImportError, RuntimeError) as error:
         if "requires" not in str(error):
             raise

@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finegrid.files import whole
 from finegrid.training.collation import Collator, first_rows
+from finegrid.training.flat import make_flat
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import find_head, label_logits, sum_of_losses
@@ -107,6 +108,7 @@ class LabelTokenTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
+        padding_free: bool = True,
         **options: Any,
     ):
         pad_token_id = getattr(model.config, "pad_token_id", None) or 0
@@ -125,10 +127,11 @@ class LabelTokenTrainer(Trainer):
         self._step_closed = 0
         self._saved_step: int | None = None
         self.head: torch.nn.Module | None = None
+        self.padding_free = padding_free
         if args.torch_compile:
-            self.notes.append("all logits are computed: torch_compile")
+            self.notes.append("all logits are computed, and batches are padded: torch_compile")
         elif not is_deepspeed_zero3_enabled():
-            self._look_for_head(model)
+            self._look_at(model)
         if args.label_smoothing_factor:
             self.notes.append("`loss` and `train_loss` are the smoothed loss; the validation loss is not smoothed")
         self.last_loss: float | None = None
@@ -136,15 +139,22 @@ class LabelTokenTrainer(Trainer):
         self._losses: list[torch.Tensor] = []
         self._batches: list[dict[str, Any]] = []
 
-    def _look_for_head(self, model: torch.nn.Module) -> None:
+    def _look_at(self, model: torch.nn.Module) -> None:
+        """Find out what this architecture allows: the head on label positions alone, rows without padding."""
         self.head, note = find_head(model)
         if note:
             self.notes.append(note)
+        if self.padding_free and self.args.n_gpu <= 1:  # more than one in a process: torch divides batches by rows
+            with torch.no_grad():
+                note = make_flat(self.model, lambda batch: label_logits(model, self.head, batch)[0])
+            self.data_collator.flat = note is None
+            if note:
+                self.notes.append(note)
 
     def _prepare_for_training(self, *args, **options):
         prepared = super()._prepare_for_training(*args, **options)
         if is_deepspeed_zero3_enabled() and self.head is None and not self.args.torch_compile:
-            self._look_for_head(self.model_wrapped)  # before it was wrapped, no process had all weights
+            self._look_at(self.model_wrapped)  # before it was wrapped, no process had all weights
         return prepared
 
     # ---------------------------------------------------------------- the loss of a step

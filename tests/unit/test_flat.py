@@ -1,0 +1,195 @@
+"""Rows end to end: the padded rows' own loss and gradients for any architecture, and a note where that can't be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from finegrid.training.collation import Collator, first_rows
+from finegrid.training.flat import NAME, make_flat
+from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.trainer import LabelTokenTrainer
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_trainer import SMALL, arguments, make
+from token_rows import random_rows
+from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+ROWS = [
+    {"id": "a", "input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+    {"id": "b", "input_ids": [9, 3], "labels": [-100, 3]},
+    {"id": "c", "input_ids": [4, 4, 4], "labels": [4, -100, 4]},
+]
+MODELS = ["llama", "cohere with a scale", "granite with a divisor", "mixtral", "gpt2", "mistral", "qwen2", "qwen3"]
+
+
+def model_of(name: str) -> torch.nn.Module:
+    others = {
+        "mistral": lambda: MistralConfig(**SMALL, sliding_window=4),  # shorter than the rows
+        "qwen2": lambda: Qwen2Config(**SMALL),
+        "qwen3": lambda: Qwen3Config(**SMALL),
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(others[name]()).eval() if name in others else make(name)
+
+
+def flat_note(model: torch.nn.Module) -> str | None:
+    head, _ = find_head(model)
+    with torch.no_grad():
+        return make_flat(model, lambda batch: label_logits(model, head, batch)[0])
+
+
+def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    return sum_of_losses(label_logits(model, find_head_of(model), batch)[0], batch["targets"])
+
+
+def find_head_of(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_output_embeddings()
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_rows_lie_end_to_end_each_with_its_own_positions():
+    batch = Collator(flat=True)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, 4, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch["cells"].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]  # of a grid of 3 rows by 4 tokens
+    assert batch["grid"] == (3, 4)
+    assert batch["starts"].tolist() == [0, 4, 6, 9]
+    assert batch["targets"].tolist() == [7, 8, 3, 4]  # the label of c's first token has nothing before it
+    assert batch["positions"].tolist() == [1, 2, 4, 7]
+    assert batch["tokens"] == 9
+
+
+def test_flat_and_padded_batches_hold_the_same_labels():
+    rows = random_rows(13)
+    flat, padded = Collator(flat=True)(rows), Collator()(rows)
+    assert flat["targets"].tolist() == padded["targets"].tolist()
+    assert flat["cells"][flat["positions"]].tolist() == padded["positions"].tolist()
+    assert (flat["tokens"], flat["ids"]) == (padded["tokens"], padded["ids"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_rows_without_loss_stay_in_the_batch_and_are_not_counted(count):
+    for flat in (False, True):
+        whole, part = Collator(flat=flat)(ROWS), Collator(flat=flat)(ROWS[:count]) if count else None
+        batch = first_rows(whole, count)
+        assert batch["input_ids"].shape == whole["input_ids"].shape
+        assert batch["targets"].tolist() == (part["targets"].tolist() if part else [])
+        assert batch["tokens"] == (part["tokens"] if part else 0)
+        assert batch["ids"] == [row["id"] for row in ROWS[:count]]
+        assert (batch["labels"] != -100).sum() == sum(label != -100 for row in ROWS[:count] for label in row["labels"])
+
+
+# ---------------------------------------------------------------- losses and gradients
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", ["mixed", "equal"])
+def test_loss_and_gradients_are_those_of_padded_rows(name, lengths):
+    dtype = torch.float32 if name == "mixtral" else torch.float64  # torch's grouped products know no doubles
+    padded, flat = model_of(name).to(dtype), model_of(name).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-5
+    assert flat_note(flat) is None
+    assert flat.config._attn_implementation == NAME
+    rows = random_rows(6)
+    if lengths == "equal":
+        rows = [row | {key: row[key][:6] for key in ("input_ids", "labels")} for row in random_rows(30)][:6]
+        rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows if len(row["input_ids"]) == 6]
+    losses = [loss_of(padded, Collator()(rows)), loss_of(flat, Collator(flat=True)(rows))]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)  # the losses are of float32 logits
+    for loss in losses:
+        loss.backward()
+    for (key, one), other in zip(padded.named_parameters(), flat.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), key
+        if one.grad is not None:
+            scale = one.grad.abs().max()
+            torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=tolerance * scale.item() + 1e-12, msg=key)
+
+
+def test_a_windows_rows_see_the_window_alone():
+    model = model_of("mistral")
+    assert flat_note(model) is None
+    row = random_rows(1)[0] | {"input_ids": list(range(10, 30)), "labels": [-100] * 10 + list(range(20, 30))}
+    far = row | {"input_ids": [99, *row["input_ids"][1:]]}  # 2 layers of 4 see 7 tokens back
+    beside = {"id": "x", "input_ids": [7, 8], "labels": [-100, 8]}
+    one, other = (label_logits(model, None, Collator(flat=True)([each, beside]))[0] for each in (row, far))
+    assert torch.equal(one, other)
+
+
+def curve(folder, padding_free: bool, **values) -> tuple[list[tuple], list[str]]:
+    torch.manual_seed(0)
+    model = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    args = arguments(folder, per_device_train_batch_size=4, max_steps=12, learning_rate=1e-2, **values)
+    rows, validation = Dataset.from_list(random_rows(22)), Dataset.from_list(random_rows(7, seed=1))
+    trainer = LabelTokenTrainer(model, args, rows, validation, padding_free=padding_free)
+    trainer.train()
+    log = [
+        (row.get("loss", row.get("eval_loss")), row["label_tokens"], row["tokens"])
+        for row in trainer.state.log_history
+        if "loss" in row or "eval_loss" in row
+    ]
+    return log, trainer.notes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_without_padding_has_the_padded_ones_losses(tmp_path, checkpointing):
+    values = {"eval_strategy": "steps", "eval_steps": 4, "activation_checkpointing": checkpointing}
+    flat, notes = curve(tmp_path / "flat", True, **values)
+    padded, _ = curve(tmp_path / "padded", False, **values)
+    assert notes == []
+    assert len(flat) == 15
+    torch.testing.assert_close(torch.tensor(flat), torch.tensor(padded), rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------- where it can't be
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gemma2 with a soft cap", "softcap"), ("bloom", "rows can't lie end to end")],
+)
+def test_an_architecture_that_needs_padding_is_told_and_stays_as_it_was(name, reason):
+    torch.manual_seed(0)
+    bloom = BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(bloom).eval() if name == "bloom" else make(name)
+    before, own = copy.deepcopy(model), model.config._attn_implementation
+    note = flat_note(model)
+    assert note is not None
+    assert note.startswith("batches are padded: ")
+    assert reason in note
+    assert model.config._attn_implementation == own
+    batch = Collator()(random_rows(5))
+    assert torch.equal(loss_of(model, batch), loss_of(before, batch))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_need_padding(kind):
+    model = get_peft_model(make(), kind(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    note = flat_note(model)
+    assert note is not None
+    assert note.startswith("batches are padded: ")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_model_made_flat_still_takes_padded_batches_and_answers_as_before(name):
+    model, plain = model_of(name), model_of(name)
+    assert flat_note(model) is None
+    ids, mask = torch.randint(10, 200, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    mask[0, 5:], mask[1, :3] = 0, 0  # padded on the right and on the left
+    found, expected = (each(input_ids=ids, attention_mask=mask).logits for each in (model, plain))
+    assert torch.equal(found[mask.bool()], expected[mask.bool()])
+    options = {"attention_mask": mask[1:], "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids[1:], **options), plain.generate(ids[1:], **options))
+
+
+def test_finding_out_draws_no_random_number_and_a_saved_model_names_its_own_attention(tmp_path):
+    model = make().train()
+    before = torch.get_rng_state()
+    assert flat_note(model) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()

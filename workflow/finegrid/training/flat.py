@@ -1,0 +1,160 @@
+"""Training without padding: a batch's rows lie end to end, and attention alone puts them beside each other.
+
+All of a decoder but attention works on each token by itself, so padding is computed for nothing. Rows are therefore
+laid end to end, as one row of S tokens with each token's position in its own row, and the attention function here,
+registered with transformers, lets each row see itself alone: it sets queries, keys and values of shape (1, heads, S,
+width) into the (B, T) grid of the padded batch, calls torch's causal attention without any mask (what fills a row's
+end is behind all of its tokens, none sees it), and takes the tokens out again. Rows of one length are only viewed
+otherwise, nothing is copied. FlashAttention has kernels for rows end to end, it gets its own arguments.
+
+Batches are those of :class:`finegrid.training.collation.Collator` with ``flat``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "finegrid_flat"
+# What the attention of some models does besides; `sliding_window` is seen to below.
+NOT_DONE = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def layout_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that tell a model how a batch's rows lie: a mask if they are padded."""
+    if "cells" not in batch:
+        return {"attention_mask": batch["attention_mask"]}
+    longest = batch["grid"][1]
+    return {
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+        "cells": batch["cells"],
+        "grid": batch["grid"],
+        "cu_seq_lens_q": batch["starts"],
+        "cu_seq_lens_k": batch["starts"],
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def flat_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cells: torch.Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each row of a flat batch; see transformers' ``AttentionInterface`` for the arguments.
+
+    Args:
+        query: (1, heads, S, width); key and value may have fewer heads.
+        cells: (S,), where each token stands in the flattened grid; None is a padded batch, with torch's attention.
+        grid: rows, and tokens of the longest one.
+
+    Returns:
+        (1, S, heads, width), and no weights.
+
+    Raises:
+        ValueError: the model's attention does more than is done here.
+    """
+    more = [name for name in NOT_DONE if options.get(name) is not None]
+    if more:
+        raise ValueError(f"attention with {', '.join(more)}")
+    if cells is None:
+        options |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    mask = None
+    if sliding_window is not None and grid[1] > sliding_window:
+        column = torch.arange(grid[1], device=query.device)
+        distance = column[:, None] - column[None, :]
+        mask = (distance >= 0) & (distance < sliding_window)
+    query, key, value = (_into_grid(states, cells, grid) for states in (query, key, value))
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
+    )
+    output = output.flatten(0, 1)  # (B * T, heads, width)
+    return (output if len(output) == len(cells) else output.index_select(0, cells))[None], None
+
+
+def _into_grid(states: torch.Tensor, cells: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Return (1, heads, S, width) as (B, heads, T, width); zeros where a row has ended."""
+    tokens = states[0].transpose(0, 1)
+    size = grid[0] * grid[1]
+    if len(tokens) < size:
+        tokens = tokens.new_zeros(size, *tokens.shape[1:]).index_copy(0, cells, tokens)
+    return tokens.unflatten(0, grid).transpose(1, 2)
+
+
+def flat_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    """Return a padded batch's mask, as for torch's attention; none for a flat one, whose rows share no cell."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register(NAME, flat_attention)
+AttentionMaskInterface.register(NAME, flat_mask)
+
+
+def make_flat(model: torch.nn.Module, compare: Any) -> str | None:
+    """Let a model take flat batches, if its architecture can; else leave it as it was and say why not.
+
+    Tried out rather than looked up by the architecture's name, as :func:`finegrid.training.loss.find_head` does: rows
+    end to end must have the padded rows' logits, and none may hang on its neighbour.
+
+    Args:
+        compare: ``compare(batch)`` gives the float32 logits of a batch's label positions.
+    """
+    from finegrid.training.collation import Collator
+
+    config = model.config
+    if getattr(config, "attention_chunk_size", None):
+        return "batches are padded: the model attends in chunks"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "batches are padded: virtual tokens stand before each row"
+    own = config._attn_implementation
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+    others = [[5, 6, 7], [14, 13, 12, 11, 10], [13, 14]]
+    device = next(model.parameters()).device
+    padded, flat, changed = (
+        _moved(Collator(flat=form)([{"id": n, "input_ids": row, "labels": row} for n, row in enumerate(part)]), device)
+        for form, part in ((False, rows), (True, rows), (True, others))
+    )
+    training = model.training
+    model.eval()
+    try:
+        expected = compare(padded)
+        if not own.startswith("flash_attention"):
+            model.set_attn_implementation(NAME)
+        found, beside = compare(flat), compare(changed)
+        reason = _difference(expected, found, beside)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    finally:
+        model.train(training)
+    if reason is None:
+        return None
+    model.set_attn_implementation(own)
+    return f"batches are padded: rows can't lie end to end ({reason})"
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor, beside: torch.Tensor) -> str | None:
+    largest = expected.abs().max()
+    if found.shape != expected.shape or (found - expected).abs().max() > 1e-2 * largest:
+        return "the logits are others"
+    same = [0, 1, 6]  # of the first and the last row
+    if (found - beside)[same].abs().max() > 1e-4 * largest:
+        return "a row sees its neighbour"
+    return None
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
