@@ -1,0 +1,249 @@
+"""One training run: Finegrid against transformers' Trainer with dynamic padding, on the same rows and settings.
+
+    python tests/benchmarks/single_run.py
+
+Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, fp32, one thread.
+Each side is a process of its own, and both make the same steps from the same weights in the same order. Printed are CPU
+seconds a step, without start-up and without the first two steps, the median of three repeats, each side's most resident
+memory, and the largest difference of the two loss curves; the last column is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finegrid import layout
+
+PROJECT = Path(__file__).resolve().parents[2]
+REPEATS = 3
+FIRST = 2  # steps that warm up
+BATCH = 4
+ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+METHODS = {"LoRA": (ADAPTER, None), "full": (None, None), "QLoRA": (ADAPTER, NF4)}
+SIZES = {  # hidden, intermediate, layers, heads, steps
+    "1M": (64, 192, 4, 4, 42),
+    "10M": (256, 768, 8, 8, 22),
+    "135M": (None, None, None, None, 8),
+}
+VOCABULARY = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(**options.worker)
+        return
+    print("model method   Trainer, s/step   Finegrid, s/step   MiB, MiB   largest difference of losses   ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        for model in options.models:
+            for method in options.methods:
+                compare(model, method, Path(folder))
+
+
+def compare(model: str, method: str, folder: Path) -> None:
+    """Run both sides in turn and print a line."""
+    found: dict[str, list[dict]] = {"trainer": [], "finegrid": []}
+    prepare(model, folder)
+    for _ in range(REPEATS):
+        for side, results in found.items():
+            work = {"side": side, "model": model, "method": method, "folder": str(folder)}
+            environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            command = [sys.executable, __file__, "--worker", json.dumps(work)]
+            subprocess.run(command, check=True, env=environment | os.environ, stdout=subprocess.DEVNULL)
+            results.append(json.loads((folder / f"{side}.json").read_text()))
+    seconds = {side: statistics.median(result["seconds"] for result in results) for side, results in found.items()}
+    memory = {side: statistics.median(result["memory_mb"] for result in results) for side, results in found.items()}
+    curves = zip(found["trainer"][0]["losses"], found["finegrid"][0]["losses"], strict=True)
+    difference = max(abs(one - other) for one, other in curves)
+    print(
+        f"{model:5} {method:6} {seconds['trainer']:17.3f} {seconds['finegrid']:18.3f}   "
+        f"{memory['trainer']:.0f}, {memory['finegrid']:.0f}   {difference:.1e}   "
+        f"{seconds['finegrid'] / seconds['trainer']:.2f}",
+        flush=True,
+    )
+
+
+def worker(side: str, model: str, method: str, folder: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    result = {"trainer": plain_trainer, "finegrid": finegrid_trainer}[side](model, method, Path(folder))
+    (Path(folder) / f"{side}.json").write_text(json.dumps(result))
+
+
+# ---------------------------------------------------------------- rows and models
+
+
+def prepare(model: str, folder: Path) -> None:
+    """Write the model's folder and its token rows, once."""
+    if (folder / f"{model}-rows.json").exists():
+        return
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if model == "135M":
+        from finegrid.data.demo import convert_model
+
+        if not (PROJECT / layout.DEMO_MODEL / "model.safetensors").exists():
+            convert_model(PROJECT / layout.DEMO_MODEL)
+    else:
+        hidden, intermediate, layers, heads, _ = SIZES[model]
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / model)
+    (folder / f"{model}-rows.json").write_text(json.dumps(token_rows(SIZES[model][-1] * BATCH)))
+
+
+def token_rows(count: int) -> list[dict[str, Any]]:
+    """Return rows whose lengths have a mean of about 90 and a long tail up to 256, each with 40 % label tokens."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    lengths = np.clip(np.exp(random.normal(4.3, 0.6, count)).astype(int), 16, 256)
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = random.integers(3, VOCABULARY, length).tolist()
+        prompt = int(length * 0.6)
+        rows.append({"id": str(number), "input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def folder_of(model: str, folder: Path) -> Path:
+    return PROJECT / layout.DEMO_MODEL if model == "135M" else folder / model
+
+
+# ---------------------------------------------------------------- the two sides
+
+
+def arguments(model: str, folder: Path, **values: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"),
+        "max_steps": SIZES[model][-1],
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        **values,
+    }
+
+
+def callback():
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """CPU seconds at the end of each step."""
+
+        def __init__(self):
+            self.ends: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.ends.append(time.process_time())
+
+        def seconds(self) -> float:
+            return (self.ends[-1] - self.ends[FIRST - 1]) / (len(self.ends) - FIRST)
+
+    return Clock()
+
+
+def trained(trainer: Any) -> dict[str, Any]:
+    import resource
+
+    clock = callback()
+    trainer.add_callback(clock)
+    trainer.train()
+    return {
+        "seconds": clock.seconds(),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def plain_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
+    """As a user writes it: AutoModel, peft, bitsandbytes as it comes, the collator that pads each batch."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        DataCollatorForSeq2Seq,
+        PreTrainedTokenizerFast,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    adapter, quantised = METHODS[method]
+    set_seed(0)
+    options = {"quantization_config": BitsAndBytesConfig(**quantised)} if quantised else {}
+    base = AutoModelForCausalLM.from_pretrained(folder_of(model, folder), dtype="float32", **options)
+    if quantised:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    if adapter:
+        base = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapter))
+    rows = json.loads((folder / f"{model}-rows.json").read_text())
+    data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+    collator = DataCollatorForSeq2Seq(padding_tokenizer(PreTrainedTokenizerFast), label_pad_token_id=-100)
+    args = TrainingArguments(**arguments(model, folder))
+    return trained(Trainer(base, args, train_dataset=data, data_collator=collator))
+
+
+def padding_tokenizer(kind: type) -> Any:
+    from tokenizers import Tokenizer, models
+
+    return kind(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>")
+
+
+def finegrid_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
+    """As ``finegrid train`` does."""
+    from datasets import Dataset
+    from finegrid.settings import resolve
+    from finegrid.training.model import attach_adapter, load_base
+    from finegrid.training.trainer import LabelTokenTrainer
+    from transformers import Seq2SeqTrainingArguments, set_seed
+
+    adapter, quantised = METHODS[method]
+    recipe = {
+        "model": {"model_name_or_path": str(folder_of(model, folder))},
+        "data_config": {"train_file": "rows.jsonl", "test_size": 1},
+        "training_args": {"use_cpu": True, "max_steps": 1},
+    }
+    recipe |= {"peft_config": adapter} if adapter else {}
+    recipe |= {"quantization_config": quantised} if quantised else {}
+    settings = resolve(recipe, place="benchmark", project=PROJECT)[0]
+    set_seed(0)
+    built = attach_adapter(settings, load_base(settings, folder_of(model, folder), "cpu"))
+    data = Dataset.from_list(json.loads((folder / f"{model}-rows.json").read_text()))
+    return trained(LabelTokenTrainer(built, Seq2SeqTrainingArguments(**arguments(model, folder)), data))
+
+
+if __name__ == "__main__":
+    main()
