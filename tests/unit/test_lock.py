@@ -197,7 +197,8 @@ def test_where_the_file_system_has_no_locks_the_owner_file_does(tmp_path, monkey
 @pytest.fixture(scope="module")
 def projects(tiny_model_dir, tmp_path_factory) -> tuple[Project, Project]:
     folder = tmp_path_factory.mktemp("projects")
-    saving = {"training_args.save_strategy": "steps", "training_args.save_steps": 10}
+    # Long enough for a second command to start before the first one's end.
+    saving = {"training_args.save_strategy": "steps", "training_args.save_steps": 10, "training_args.max_steps": 150}
     arms = {"one": SLOW | saving, "two": SLOW | saving | {"gpus": 2}}
     return tuple(Project(folder / name, tiny_model_dir, ROWS, arms) for name in ("calm", "stormy"))
 

@@ -113,7 +113,7 @@ def test_a_run_stopped_again_and_again_learns_what_an_undisturbed_one_does(
         assert attempt < 40, "it doesn't get on"
         # Every other attempt may do more, or an evaluation that needs more looks would be begun again for ever.
         with contextlib.suppress(Stopped):
-            run(settings, tokens, tiny_model_dir, folders[1], Patience(2 + attempt % 5))
+            run(settings, tokens, tiny_model_dir, folders[1], Patience(2 + attempt % 9))
             break
     assert attempt > 1
     calm, stormy = (learned(folder / "history.csv", folder / "summary.json", folder / "adapter") for folder in folders)
@@ -125,9 +125,9 @@ def test_a_run_stopped_again_and_again_learns_what_an_undisturbed_one_does(
 
 
 SLOW = {  # nothing is saved but what a signal asks for
-    "training_args.max_steps": 150,
+    "training_args.max_steps": 60,
     "training_args.save_strategy": "no",
-    "training_args.eval_steps": 50,
+    "training_args.eval_steps": 20,
     "peft_config": LORA,
 }
 
@@ -177,7 +177,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on_to_t
     projects, arm, number, reason
 ):
     calm, stormy = projects
-    process = start_and_wait(stormy, arm, 20)
+    process = start_and_wait(stormy, arm, 8)
     to_all_processes(process, number)
     output = stormy.finish(arm, process, status=-number)
     assert f"stopped by {number.name} after step " in output
@@ -188,7 +188,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on_to_t
     assert not (stormy.folder / "results").exists() or not stormy.weights(arm).exists()
     (checkpoint,) = scratch.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 20 <= step < 150
+    assert 8 <= step < 60
 
     assert f"going on from step {step}" in stormy.train(arm)
     calm.train(arm)
@@ -214,7 +214,7 @@ def to_all_processes(process: subprocess.Popen, number: int) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_signal_to_one_worker_ends_all_with_a_checkpoint(projects):
     arm, project = "two", projects[1]
-    process = start_and_wait(project, arm, 20)
+    process = start_and_wait(project, arm, 8)
     os.kill(project.workers(arm)[1], signal.SIGTERM)
     output = project.finish(arm, process, status=2)
     assert "was ended by SIGTERM" in output
