@@ -68,7 +68,7 @@ class Project:
         self.study: Study = load_study(Path("study.yaml"), folder)
         tokens = folder / layout.tokens_folder(self.study.runs[0])
         write_tokens(tokens, train=rows, validation=VALIDATION, test=VALIDATION)
-        (tokens / "report.json").write_text("{}")
+        (tokens / "report.json").write_text('{"clean": {"import": {"files": {}}}}')
         (folder / "data/models/tiny.json").write_text("{}")
 
     def run_of(self, arm: str) -> str:

@@ -66,7 +66,8 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     splits = {
         split: random_rows(count, split=split) for split, count in (("train", 22), ("validation", 6), ("test", 6))
     }
-    write_json(write_tokens(folder / layout.tokens_folder(run), **splits) / "report.json", {})
+    report = {"clean": {"import": {"files": {}}}}
+    write_json(write_tokens(folder / layout.tokens_folder(run), **splits) / "report.json", report)
     return folder
 
 
