@@ -26,6 +26,7 @@ from finegrid.settings import check_files
 from finegrid.study import load_study
 from snakemake.common import get_function_params, overwrite_function_params
 from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
 
 TABLES = (
     "arms.tex",
@@ -448,3 +449,11 @@ def publication_code(*modules):
 for _function in [value for value in globals().values() if inspect.isfunction(value)]:
     if _function.__globals__ is globals():
         overwrite_function_params(_function, get_function_params(_function))
+overwrite_function_params(
+    Resource.evaluate,
+    {
+        name: parameter
+        for name, parameter in get_function_params(Resource.evaluate).items()
+        if name != "self"
+    },
+)
