@@ -14,6 +14,7 @@ from finegrid.analysis.curves import read_curve, signs
 from finegrid.analysis.next_study import next_name
 from finegrid.errors import UserError
 from finegrid.study import load_study
+from finegrid.yaml_file import read_yaml
 from study_results import make_results
 
 RECORDED = Path(__file__).parents[1] / "data/curves"
@@ -141,6 +142,7 @@ def real(tiny_model_dir, tmp_path_factory):
                 "save_strategy": "no",
                 "eval_strategy": "steps",
                 "eval_steps": 10,
+                "seed": 0,
             },
         )
         path = folder / f"{name}.csv"
@@ -185,7 +187,8 @@ def study_file(folder: Path, project: Path, tune: str = TUNE) -> Path:
 
 def written(study: Path, file: Path, project: Path) -> tuple[dict, dict]:
     """The advice, and the mapping of the next study."""
-    result = write_advice(study, file, lambda path: load_study(path, project))
+    mapping, _ = read_yaml(file, file.as_posix())
+    result = write_advice(study, file, mapping, lambda path: load_study(path, project))
     return result, yaml.safe_load(Path(result["next_study"]).read_text("utf-8"))
 
 

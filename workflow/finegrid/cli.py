@@ -380,10 +380,12 @@ def advice(study: StudyName, log: Log = None) -> None:
     with _stage(f"advice {study}", log):
         from finegrid.analysis.advice import print_advice, write_advice
         from finegrid.study import load_study
+        from finegrid.yaml_file import read_yaml
 
         the_study = _study(study)
         results = layout.RESULTS / the_study.name
-        print_advice(write_advice(results, the_study.path, lambda path: load_study(path, Path.cwd())))
+        mapping, _ = read_yaml(the_study.path, the_study.path.as_posix())
+        print_advice(write_advice(results, the_study.path, mapping, lambda path: load_study(path, Path.cwd())))
 
 
 @app.command()

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,11 +87,14 @@ def advise(study_dir: Path) -> list[Advice]:
     return sorted(found, key=lambda advice: order.index(advice.severity))
 
 
-def write_advice(study_dir: Path, study_file: Path, accepts: Callable[[Path], None]) -> dict:
+def write_advice(
+    study_dir: Path, study_file: Path, mapping: Mapping[str, Any], accepts: Callable[[Path], None]
+) -> dict:
     """Write `advice.json` and the next study's file into `comparison/`; return what the first one holds.
 
     Args:
         study_file: the study that ran; the next one is made of it.
+        mapping: what that file holds.
         accepts: raises :class:`UserError` where a file is no study that can run; such changes are left to the user.
     """
     found = advise(study_dir)
@@ -99,7 +103,7 @@ def write_advice(study_dir: Path, study_file: Path, accepts: Callable[[Path], No
     output = study_dir / "comparison" / "next_study.yaml"
     rates = [Rates(arm.arm, arm.factors, arm.rate, arm.rates) for arm in arms]
     changes = _changes(found)
-    made, left = write_next(study_file, output, changes, rates, accepts)
+    made, left = write_next(study_file, mapping, output, changes, rates, accepts)
     result = {
         "study": plan["study"],
         "advice": [_finite(asdict(advice)) for advice in found],

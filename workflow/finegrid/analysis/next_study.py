@@ -19,7 +19,6 @@ import yaml
 
 from finegrid.errors import UserError
 from finegrid.files import write_text
-from finegrid.yaml_file import read_yaml
 
 RATE = "training_args.learning_rate"
 WHY = {
@@ -63,6 +62,7 @@ def next_name(study: str) -> str:
 
 def write_next(
     study_file: Path,
+    mapping: Mapping[str, Any],
     output: Path,
     changes: list[Change],
     rates: list[Rates],
@@ -71,12 +71,12 @@ def write_next(
     """Write the study file with every change that it can take; return what was changed and what was not, and why.
 
     Args:
+        mapping: what the study file holds.
         accepts: raises :class:`UserError` for a file that is no study.
     """
-    mapping, _ = read_yaml(study_file, study_file.as_posix())
     made, left = [], []
     for change in changes:
-        tried = copy.deepcopy(mapping)
+        tried = copy.deepcopy(dict(mapping))
         try:
             told = _apply(tried, change, rates)
             write_text(output, _text(tried, [], [], study_file, output))
