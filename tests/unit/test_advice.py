@@ -105,7 +105,7 @@ def test_few_points_and_no_evaluations_show_nothing():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("lora-right", set()), ("full-right", set()), ("qlora-right", set())],
+    [("lora-too-low", {"slow"}), ("lora-right", set()), ("full-right", set()), ("qlora-right", set())],
 )
 def test_recorded_trainings_of_the_demo_model(name, expected):
     """SmolLM2-135M-Instruct on InsuranceQA, 30 steps of 4; the learning rate as in the demo, or 30 times as low."""

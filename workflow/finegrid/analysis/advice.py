@@ -186,13 +186,15 @@ def _mend(case: str, arm: _Arm) -> tuple[str, str, dict | None]:
     """Return the setting that a case is about, what to do, and the change of the next study."""
     rate = arm.rate
     below, above = ([r for r in arm.rates if (r < rate) == side and r != rate] for side in (True, False))
+    # Of several rates, the best on the edge of them gets a level beyond it already (`edge`).
+    searched = len(arm.rates) > 1
     if case == "slow":
         if above:
             return _steps_key(arm), "higher learning rates were tried and did worse: train for more steps", _longer(arm)
         return (
             RATE,
             f"raise the learning rate: try {_number(3 * rate)} and {_number(10 * rate)}",
-            _rates(rate, 1, 3, 10),
+            None if searched else _rates(rate, 1, 3, 10),
         )
     if case in ("diverged", "swings"):
         if below and case == "swings":
@@ -202,7 +204,7 @@ def _mend(case: str, arm: _Arm) -> tuple[str, str, dict | None]:
             return "training_args.warmup_steps", mend, None
         other = " or warm up longer (training_args.warmup_steps)" if case == "swings" else ""
         mend = f"lower the learning rate{other}: try {_number(rate / 3)} and {_number(rate / 10)}"
-        return RATE, mend, _rates(rate, 0.1, 1 / 3, 1)
+        return RATE, mend, None if searched and case == "swings" else _rates(rate, 0.1, 1 / 3, 1)
     if case == "overfitting":
         change = {"key": "early_stopping", "from": arm.settings.get("early_stopping"), "to": {"patience": 2}}
         mend = "stop earlier: early_stopping with load_best_model_at_end, or fewer epochs"

@@ -7,7 +7,7 @@ losses are means over the same rows each time and are read as they are. Threshol
 ==============  ======================================================================================================
 `diverged`      a loss that is no finite number; or validation ends 10 % above the untrained model's; or the last bin
                 lies 10 % and 4 standard errors above the first
-`slow`          validation gained less than 1 %; or at no evaluation was the share of its gain more than 10 points
+`slow`          validation gained less than 2 %; or at no evaluation was the share of its gain more than 10 points
                 ahead of the share of the learning rate that was spent (the area under the schedule). A run that
                 gains in proportion to the rate it spends is nowhere near what the data can teach it
 `swings`        a bin rises 3 % and 4 standard errors above the lowest before it; or validation rises 1 % and falls
@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 DIVERGED = 0.10
-SLOW_GAIN = 0.01
+SLOW_GAIN = 0.02
 SLOW_LEAD, SLOW_LOOK = 0.10, 0.75
 RISE, EVAL_RISE = 0.03, 0.01
 ERRORS = 4.0  # standard errors of a bin: ten bins have 45 pairs, and chance should not find one among them
