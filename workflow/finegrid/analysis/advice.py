@@ -28,6 +28,7 @@ import pandas as pd
 
 from finegrid.analysis.curves import Sign, read_curve, signs
 from finegrid.analysis.next_study import Change, Rates, next_name, write_next
+from finegrid.analysis.scores import finite
 from finegrid.errors import UserError
 from finegrid.files import write_json
 
@@ -106,7 +107,7 @@ def write_advice(
     made, left = write_next(study_file, mapping, output, changes, rates, accepts)
     result = {
         "study": plan["study"],
-        "advice": [_finite(asdict(advice)) for advice in found],
+        "advice": [finite(asdict(advice)) for advice in found],
         "next_study": output.as_posix(),
         "next_name": next_name(plan["study"]),
         "changes": made,
@@ -386,15 +387,6 @@ def _value(text: str | None) -> float | None:
 
 def _number(value: float) -> str:
     return f"{value:.2g}"
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for a number that is not there."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_advice(result: dict) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 from finegrid.analysis import comparison, pairs
 from finegrid.analysis.corpus import CORPUS
 from finegrid.analysis.pairs import LOWER_IS_BETTER
-from finegrid.analysis.scores import METRICS, Plan, Run, Scores, load_plan, load_scores, load_training
+from finegrid.analysis.scores import METRICS, Plan, Run, Scores, finite, load_plan, load_scores, load_training
 from finegrid.errors import UserError
 from finegrid.files import write_json, write_text
 from finegrid.fingerprint import file_hash, short_hash
@@ -110,7 +110,7 @@ def compare(
     write_text(output / "comparisons.tsv", _tsv(differences))
     write_text(output / "pairs.tsv", _tsv(every))
     write_text(output / "mcnemar.tsv", _tsv(matches))
-    write_json(output / "comparison.json", _finite(result))
+    write_json(output / "comparison.json", finite(result))
     return result
 
 
@@ -450,12 +450,3 @@ def _statistics(resamples: int, differences: pd.DataFrame, every: pd.DataFrame) 
 def _tsv(table: pd.DataFrame) -> str:
     # Ten digits: enough for any use, and the same on every machine.
     return table.to_csv(sep="\t", index=False, lineterminator="\n", float_format="%.10g")
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for a number that is not there."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

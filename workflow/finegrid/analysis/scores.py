@@ -8,9 +8,11 @@ not belong together. Runs of other length limits have other tokens: their answer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -312,3 +314,12 @@ def _named(ids: Iterable[str]) -> str:
     ids = list(ids)
     rest = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     return ", ".join(map(str, ids[:NAMED])) + rest
+
+
+def finite(value: Any) -> Any:
+    """Return what JSON can hold of a value, lists and mappings included: null stands for a number that is not there."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
