@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finegrid import layout, versions_cli
+from finegrid import layout, packing, versions_cli
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
+from finegrid.staging import (
+    Failed,
+    Staging,
+    evaluation_identity,
+    raise_failure,
+    training_facts,
+    training_identity,
+    training_inputs,
+)
 from finegrid.training import launch
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 StudyName = Annotated[str, typer.Argument(help="Name of a file in config/studies, or its path.", show_default=False)]
+PackName = Annotated[str, typer.Argument(help="Name of a pack, as Snakemake shows it.", show_default=False)]
 RunId = Annotated[str, typer.Argument(help="Id of a run of the study, as in its plan.", show_default=False)]
 DataId = Annotated[str, typer.Argument(help="Data set and id, as in data/clean/<dataset>-<id>.", show_default=False)]
 StudyOption = Annotated[
@@ -200,6 +210,9 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
         the_study = _study(study)
         the_run = the_study.run(run)
         worker = launch.this_worker()
+        if worker is None and _placed_training(the_study, the_run, scratch):
+            progress("trained in its pack")
+            return
         starts_workers = worker is None and launch.is_needed(the_run.settings)
         is_first = worker is None or worker.rank == 0
         checkpoints = scratch / the_study.name / run
@@ -233,8 +246,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 stop=stop,
             )
             if is_first:
-                write_json(results / "settings" / f"{run}.json", the_run.settings.model_dump(mode="json"))
-                _write_run_provenance(the_study, the_run, results / "provenance" / f"{run}.json")
+                _write_run_records(the_study, the_run)
             if worker is not None:
                 launch.leave()
 
@@ -253,6 +265,9 @@ def evaluate(
     with _stage(f"evaluate {run}", log) as progress:
         the_study = _study(study)
         the_run = the_study.run(run)
+        if _placed_evaluation(the_study, the_run, scratch):
+            progress("evaluated in its pack")
+            return
         results = layout.RESULTS / the_study.name
         with live_state(scratch / the_study.name / run / "evaluation.json", run, log) as tell:
             from finegrid.evaluation.evaluate import evaluate
@@ -272,7 +287,34 @@ def evaluate(
                 metrics=results / "metrics" / f"{run}.json",
                 progress=say,
             )
-        _write_evaluation_provenance(the_study, the_run, results / "provenance/evaluation" / f"{run}.json")
+        _write_evaluation_provenance(the_study, the_run, packing.evaluation_device(the_run))
+
+
+@app.command("train-pack")
+def train_pack(study: StudyName, pack: PackName, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
+    """Train the runs of a pack in one process; the jobs of these runs put the results in place.
+
+    Snakemake says which runs are needed; without it, all of the pack's. A stopped pack goes on where it was.
+    """
+    log = log or Path("logs/train_pack") / study / f"{pack}.log"
+    with _stage(f"train-pack {pack}", log) as progress:
+        packing.train_pack(_study(study), pack, scratch, progress)
+
+
+@app.command("evaluate-pack")
+def evaluate_pack(
+    study: StudyName,
+    pack: PackName,
+    gpus: Annotated[int, typer.Option(help="0: on the CPU, whatever GPUs there are.")] = 1,
+    log: Log = None,
+    scratch: Scratch = Path("scratch"),
+) -> None:
+    """Score the runs of a pack in one process; the jobs of these runs put the results in place."""
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    log = log or Path("logs/evaluate_pack") / study / f"{pack}.log"
+    with _stage(f"evaluate-pack {pack}", log) as progress:
+        packing.evaluate_pack(_study(study), pack, scratch, progress)
 
 
 @app.command()
@@ -475,10 +517,11 @@ def _stage(name: str, log: Path | None) -> Iterator[Progress]:
         return
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     _print_to(log)
+    logged = os.fdopen(os.dup(1), "w", buffering=1)  # a pack prints to its runs' logs in between
 
     def progress(line: str) -> None:
         print(f"{name}: {line}", file=terminal, flush=True)
-        print(line, flush=True)
+        print(line, file=logged, flush=True)
 
     progress("started")
     try:
@@ -487,6 +530,9 @@ def _stage(name: str, log: Path | None) -> Iterator[Progress]:
         _print_problems(error, terminal)
         _print_problems(error, sys.stderr)
         raise SystemExit(1) from None
+    except Failed as error:
+        print(f"{name}: {error}; the traceback is in {log}", file=terminal, flush=True)
+        raise SystemExit(2) from None
     except Exception as error:
         traceback.print_exc()
         print(f"{name}: {type(error).__name__}: {error}; the traceback is in {log}", file=terminal, flush=True)
@@ -579,38 +625,78 @@ def _is_trained(study: Study, run: Run, before: int | None) -> bool:
     if _finished(results, run.id) in (None, before) or not layout.weights_folder(study.name, run).exists():
         return False
     made = json.loads((results / "provenance" / f"{run.id}.json").read_text())
-    hashes = {name: file_hash(path) for name, path in _training_inputs(run).items() if path.is_file()}
-    facts = _training_facts(run)
+    hashes = {name: file_hash(path) for name, path in training_inputs(run).items() if path.is_file()}
+    facts = training_facts(run)
     same = all(made["inputs"][name]["sha256"] == value for name, value in hashes.items())
     return same and all(made[name] == value for name, value in facts.items())
 
 
-def _training_inputs(run: Run) -> dict[str, Path]:
-    tokens = layout.tokens_folder(run)
-    inputs = {
-        "model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json",
-        "report": tokens / "report.json",
-    }
-    return inputs | {split: tokens / f"{split}.arrow" for split in ("train", "validation", "test")}
+def _placed_training(study: Study, run: Run, scratch: Path) -> bool:
+    """Put in place what a pack has trained for the run; return whether there was anything.
+
+    Raises:
+        UserError, Failed: the run failed in its pack.
+    """
+    place = Staging.of(scratch, study.name, run.id, "train")
+    done = _staged(place, lambda: training_identity(run))
+    if done is None:
+        return False
+    results = layout.RESULTS / study.name
+    place.place(
+        {
+            "weights": layout.weights_folder(study.name, run),
+            "history.csv": results / "history" / f"{run.id}.csv",
+            "summary.json": results / "training" / f"{run.id}.json",
+        }
+    )
+    _write_run_records(study, run, done["made_at"])
+    return True
 
 
-def _training_facts(run: Run) -> dict[str, str]:
-    from finegrid.fingerprint import code_fingerprint, short_hash
+def _placed_evaluation(study: Study, run: Run, scratch: Path) -> bool:
+    """Put in place what a pack has scored for the run; return whether there was anything.
 
-    return {
-        "settings_hash": short_hash(run.settings.canonical()),
-        "code": code_fingerprint("finegrid.training.train"),
-    }
+    Raises:
+        UserError, Failed: the run failed in its pack.
+    """
+    place = Staging.of(scratch, study.name, run.id, "evaluate")
+    done = _staged(place, lambda: evaluation_identity(study, run))
+    if done is None:
+        return False
+    results = layout.RESULTS / study.name
+    place.place(
+        {
+            "predictions.jsonl": results / "runs" / run.id / "predictions.jsonl",
+            "metrics.json": results / "metrics" / f"{run.id}.json",
+        }
+    )
+    _write_evaluation_provenance(study, run, done["device"], done["made_at"])
+    return True
 
 
-def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
+def _staged(place: Staging, identity: Callable[[], dict]) -> dict | None:
+    """Return what a pack left for a run, and print what it printed for it; None if there is nothing that is true."""
+    done = place.done(identity()) if place.folder.is_dir() else None
+    if done is not None:
+        print(place.log.read_text(encoding="utf-8"), end="", flush=True)
+        raise_failure(done)
+    elif os.environ.get("FINEGRID_ONLY_PLACES"):
+        raise UserError(f"{place.folder}: nothing of today's settings, code and data is there; run snakemake again")
+    return done
+
+
+def _write_run_records(study: Study, run: Run, made_at: dict | None = None) -> None:
+    """Write a trained run's settings and provenance; ``made_at`` is the commit, if that was another's."""
     from finegrid import provenance
 
-    summary = json.loads((layout.RESULTS / study.name / "training" / f"{run.id}.json").read_text())
+    results = layout.RESULTS / study.name
+    write_json(results / "settings" / f"{run.id}.json", run.settings.model_dump(mode="json"))
+    summary = json.loads((results / "training" / f"{run.id}.json").read_text())
     provenance.write(
-        output,
+        results / "provenance" / f"{run.id}.json",
         Path.cwd(),
-        inputs=_training_inputs(run),
+        inputs=training_inputs(run),
+        made_at=made_at,
         study=study.name,
         run=run.id,
         data=f"{run.dataset}-{run.data_id}",
@@ -620,11 +706,11 @@ def _write_run_provenance(study: Study, run: Run, output: Path) -> None:
         command=_command(),
         outputs=provenance.hashes_of(layout.weights_folder(study.name, run)),
         data_version=provenance.data_version(layout.tokens_folder(run) / "report.json"),
-        **_training_facts(run),
+        **training_facts(run),
     )
 
 
-def _write_evaluation_provenance(study: Study, run: Run, output: Path) -> None:
+def _write_evaluation_provenance(study: Study, run: Run, device: str, made_at: dict | None = None) -> None:
     """Of a scoring, an untrained model's too; no output of the rule, for it says nothing that later stages hang on."""
     from finegrid import provenance
     from finegrid.fingerprint import code_fingerprint, short_hash
@@ -632,29 +718,23 @@ def _write_evaluation_provenance(study: Study, run: Run, output: Path) -> None:
     results, tokens = layout.RESULTS / study.name, layout.tokens_folder(run)
     weights = {} if run.method == "base" else {"training": results / "training" / f"{run.id}.json"}
     provenance.write(
-        output,
+        results / "provenance/evaluation" / f"{run.id}.json",
         Path.cwd(),
         inputs={"model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json", **weights}
         | {split: tokens / f"{split}.arrow" for split in ("validation", "test")},
+        made_at=made_at,
         study=study.name,
         run=run.id,
         data=f"{run.dataset}-{run.data_id}",
         data_version=provenance.data_version(tokens / "report.json"),
         model=run.settings.model.model_name_or_path,
-        device=_evaluation_device(run),
+        device=device,
         seed=run.seed,
         settings_hash=short_hash(run.settings.evaluation_settings()),
         code=code_fingerprint("finegrid.evaluation.evaluate"),
         command=_command(),
         outputs=provenance.hashes_of(results / "runs" / run.id / "predictions.jsonl"),
     )
-
-
-def _evaluation_device(run: Run) -> str:
-    import torch
-
-    uses_gpu = torch.cuda.is_available() and not run.settings.training_args.get("use_cpu", False)
-    return torch.cuda.get_device_name() if uses_gpu else "cpu"
 
 
 def _study_inputs(study: Study) -> dict[str, Path]:

@@ -303,9 +303,14 @@ def training_seconds(
         seconds, source = _on_gpu(work, gpu, evaluated) if gpu else _on_cpu(work, threads, evaluated)
         if seconds is None:
             return Forecast(None, None, source, None)
-    seconds += START_SECONDS + (shape.parameters * DTYPES[settings.model.dtype] / LOADED_BYTES if shape else 0)
+    seconds += start_seconds(settings, shape)
     hours = seconds / 3600
     return Forecast(seconds, hours * settings.processes if gpu else 0.0, source, 0.0 if gpu else hours)
+
+
+def start_seconds(settings: RunSettings, shape: Shape | None) -> float:
+    """Return how long a process takes before its first step: imports, and loading the base."""
+    return START_SECONDS + (shape.parameters * DTYPES[settings.model.dtype] / LOADED_BYTES if shape else 0)
 
 
 def evaluation_seconds(
@@ -348,7 +353,7 @@ def evaluation_seconds(
         if gpu.bandwidth_gb:
             a_token = max(a_token, weights / (gpu.bandwidth_gb * 1e9))
         seconds = (scoring + answering) / (peak * 1e12 * GPU_EFFICIENCY) + batches * answer * a_token
-    return seconds + START_SECONDS + weights / LOADED_BYTES
+    return seconds + start_seconds(settings, shape)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from finegrid.arithmetic import disk, training_arithmetic
 from finegrid.files import whole, write_json
 from finegrid.findings import find
 from finegrid.fingerprint import short_hash
-from finegrid.forecast import Throughputs, evaluation_seconds, training_seconds
+from finegrid.forecast import Throughputs, evaluation_seconds, start_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
+from finegrid.packs import at_once, pack_memory
 from finegrid.preview import data_preview
 from finegrid.shapes import model_config
 from finegrid.yaml_file import read_yaml
@@ -452,6 +453,42 @@ def _training_needs(context: Context, run: Run) -> dict[str, int]:
     if facts["seconds"] is not None:
         needs["runtime"] = math.ceil((facts["seconds"] * 1.5 + 600) / 60)  # loading, saving, a slower node
     return needs
+
+
+def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
+    """Return what the training of a pack asks for: ``mem_mb``, ``gpus``, ``together`` (runs in one step at most),
+    and ``seconds`` and ``runtime`` in minutes if known: those of all its runs, with one start and one load."""
+    alone = [training_needs(context, run) for run in runs]
+    facts = [context.facts(run) for run in runs]
+    shape, _ = context.shape(runs[0].settings)
+    needs = {"gpus": max(each["gpus"] for each in alone), "mem_mb": max(each["mem_mb"] for each in alone)}
+    memories = [Memory(**each["memory"]) for each in facts if each["memory"]]
+    largest = max(memories, key=lambda memory: memory.total, default=None)
+    card = next((card for card in context.hardware.gpus if card.name == facts[0]["device"]), None)
+    needs["together"] = at_once(largest, shape and shape.parameters, card.memory if card else None)
+    if largest is not None and card is None:
+        together = min(len(runs), needs["together"])
+        needs["mem_mb"] = math.ceil(pack_memory(largest, len(runs), together) * HELD / MEGABYTE)
+    return needs | _pack_seconds(context, runs, [each["seconds"] for each in facts])
+
+
+def evaluation_pack_needs(context: Context, runs: Sequence[Run], without_gpu: bool = False) -> dict[str, int]:
+    """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`."""
+    alone = [evaluation_needs(context, run, without_gpu) for run in runs]
+    needs = {key: max(each[key] for each in alone) for key in ("gpus", "mem_mb")}
+    shape, _ = context.shape(runs[0].settings)
+    if shape is not None:
+        adapters = [context.facts(run)["memory"]["adapters"] for run in runs]
+        needs["mem_mb"] += math.ceil(sum(adapters) * HELD / MEGABYTE)
+    return needs | _pack_seconds(context, runs, [each.get("seconds") for each in alone])
+
+
+def _pack_seconds(context: Context, runs: Sequence[Run], seconds: Sequence[float | None]) -> dict[str, int]:
+    if any(each is None for each in seconds):
+        return {}
+    shape, _ = context.shape(runs[0].settings)
+    whole = sum(seconds) - (len(runs) - 1) * start_seconds(runs[0].settings, shape)
+    return {"seconds": round(whole), "runtime": math.ceil((whole * 1.5 + 600) / 60)}
 
 
 def evaluation_needs(context: Context, run: Run, without_gpu: bool = False) -> dict[str, int]:

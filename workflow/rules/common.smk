@@ -8,16 +8,19 @@ import shlex
 import sys
 from pathlib import Path
 
-from finegrid import controllers, layout, records, versions
+from finegrid import controllers, layout, pack_jobs, packs, records, versions
 from finegrid.errors import UserError
 from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
+from finegrid.gpus import detected
 from finegrid.plan import (
     Context,
     cluster_gpus,
     evaluates_without_gpu,
     evaluation_needs,
+    evaluation_pack_needs,
     hardware_of,
+    pack_needs,
     plan_settings,
     training_needs,
 )
@@ -37,6 +40,9 @@ TABLES = (
     "provenance.json",
 )
 SPLITS = ("train", "validation", "test")
+# What a run's own job asks for when a pack did its work: it moves files, in a second.
+PLACING_MB = 100
+PLACING_MINUTES = 1
 
 # Snakemake keeps every job and path that it makes, so the garbage collector finds nothing among them. Looking as often
 # as Python does by default takes a sixth of a dry run of thousands of jobs, and looking once more at the end another.
@@ -51,8 +57,15 @@ shell.prefix(
 )
 
 
+PREFIX = (
+    shell._process_prefix
+)  # of a job that is sent elsewhere; those that place say so
+pack_jobs.install()
+
+
 wildcard_constraints:
     study=r"[\w.-]+",
+    pack=packs.NAME.pattern,
     run=r"[a-z0-9_]+-[0-9a-f]{8}",
     data=r"[\w.-]+-[0-9a-f]{8}",
     tokens=r"[\w.-]+-[0-9a-f]{8}",
@@ -281,6 +294,135 @@ def model_settings(wildcards):
     return {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
 
 
+# ---- packs
+
+
+@functools.cache
+def most_runs():
+    """The most runs of a pack, see finegrid.packs.most_runs."""
+    try:
+        return packs.most_runs(config.get("pack"))
+    except UserError as error:
+        stop(error)
+
+
+@functools.cache
+def packs_of(study):
+    """The packs of a study, by run; none where a job of a cluster does what it was sent for."""
+    if most_runs() == 0 or not workflow.is_main_process:
+        return {}
+    the_study = study_of(study)
+    if is_on_cluster():
+        seconds = {
+            run.id: plan_of(study).facts(run)["seconds"] for run in the_study.runs
+        }
+        found = packs.packs_on_cluster(the_study, seconds, most_runs())
+    else:
+        found = packs.packs_here(the_study, side_by_side(study), most_runs())
+    return {run.id: pack.name for pack in found for run in pack.runs}
+
+
+def is_on_cluster():
+    """Whether trainings are jobs of a cluster; of a dry run its number of jobs tells, which a profile says."""
+    jobs_here = any(argument.startswith(("-j", "--jobs")) for argument in sys.argv)
+    jobs = workflow.resource_settings.nodes is not None and not jobs_here
+    return not workflow.local_exec or (workflow.dryrun and jobs)
+
+
+def side_by_side(study):
+    """How many trainings this machine does at a time: by cores, and no more than it has GPUs."""
+    by_cores = max(1, workflow.cores // config["threads"])
+    gpus = len(detected()) if plan_of(study).hardware.gpus else 0
+    return min(by_cores, gpus) if gpus else by_cores
+
+
+def marker(stage, wildcards):
+    name = packs_of(wildcards.study).get(wildcards.run)
+    return ancient(pack_jobs.marker(stage, wildcards.study, name)) if name else []
+
+
+def training_pack(wildcards):
+    """What the pack of a run makes when it has trained; nothing for a run that trains alone."""
+    return marker("train", wildcards)
+
+
+def evaluation_pack(wildcards):
+    """What the pack of a run makes when it has scored; nothing for a run that is scored alone."""
+    return marker("evaluate", wildcards)
+
+
+def is_packed(stage, wildcards):
+    """Whether a pack does the work of a run's own job of a stage (`train`, `evaluate`)."""
+    study, run = wildcards.study, wildcards.run
+    return run in packs_of(study) and (stage, study, run) not in pack_jobs.by_themselves
+
+
+def pack_runs(wildcards):
+    try:
+        return packs.pack_of_name(study_of(wildcards.study), wildcards.pack).runs
+    except UserError as error:
+        raise WorkflowError(str(error))
+
+
+@functools.cache
+def training_of_pack(study, pack):
+    """What the training of a pack asks for, see finegrid.plan.pack_needs."""
+    return pack_needs(plan_of(study), packs.pack_of_name(study_of(study), pack).runs)
+
+
+@functools.cache
+def evaluation_of_pack(study, pack):
+    """What the scoring of a pack asks for, see finegrid.plan.evaluation_pack_needs."""
+    runs = packs.pack_of_name(study_of(study), pack).runs
+    return evaluation_pack_needs(plan_of(study), runs, evaluations_without_gpu(study))
+
+
+def pack_tokens(wildcards):
+    return token_files(pack_runs(wildcards)[0], *SPLITS)
+
+
+def pack_rows(wildcards):
+    run = pack_runs(wildcards)[0]
+    references = [
+        f"{layout.clean_folder(run)}/{split}.jsonl" for split in ("validation", "test")
+    ]
+    return token_files(run, "validation", "test") + references
+
+
+def pack_manifest(wildcards):
+    return manifest(pack_runs(wildcards)[0])
+
+
+def pack_training_memory(wildcards, attempt):
+    """Megabytes: the base once, and what belongs to each run."""
+    needed = training_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
+    return int(needed * (1 + (attempt - 1) / 2))
+
+
+def pack_training_minutes(wildcards, attempt):
+    needs = training_of_pack(wildcards.study, wildcards.pack)
+    return needs.get("runtime", 1440) * attempt
+
+
+def pack_training_gpus(wildcards):
+    return training_of_pack(wildcards.study, wildcards.pack)["gpus"]
+
+
+def pack_evaluation_memory(wildcards, attempt):
+    """Megabytes: the base and a generation batch, and the adapters of all runs."""
+    needed = evaluation_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
+    return int(needed * (1 + (attempt - 1) / 2))
+
+
+def pack_evaluation_minutes(wildcards, attempt):
+    needs = evaluation_of_pack(wildcards.study, wildcards.pack)
+    return needs.get("runtime", 1440) * attempt
+
+
+def pack_evaluation_gpus(wildcards):
+    return evaluation_of_pack(wildcards.study, wildcards.pack)["gpus"]
+
+
 # ---- training
 
 
@@ -329,17 +471,23 @@ def plan_manifests(wildcards):
 
 def training_memory(wildcards, attempt):
     """Megabytes, half as much again after each out-of-memory."""
+    if is_packed("train", wildcards):
+        return PLACING_MB
     needed = training(wildcards.study, wildcards.run)["mem_mb"]
     return int(needed * (1 + (attempt - 1) / 2))
 
 
 def training_minutes(wildcards, attempt):
     """Minutes, as much again after each time-out; a day where the plan can't tell."""
+    if is_packed("train", wildcards):
+        return PLACING_MINUTES
     return training(wildcards.study, wildcards.run).get("runtime", 1440) * attempt
 
 
 def training_gpus(wildcards):
     """GPUs on each node."""
+    if is_packed("train", wildcards):
+        return 0
     return training(wildcards.study, wildcards.run)["gpus"]
 
 
@@ -385,12 +533,16 @@ def trained_model(wildcards):
 
 def evaluation_memory(wildcards, attempt):
     """Megabytes: the base model and a generation batch, half as much again after each out-of-memory."""
+    if is_packed("evaluate", wildcards):
+        return PLACING_MB
     needed = evaluation(wildcards.study, wildcards.run)["mem_mb"]
     return int(needed * (1 + (attempt - 1) / 2))
 
 
 def evaluation_minutes(wildcards, attempt):
     """Minutes, as much again after each time-out; a day where the plan can't tell."""
+    if is_packed("evaluate", wildcards):
+        return PLACING_MINUTES
     return evaluation(wildcards.study, wildcards.run).get("runtime", 1440) * attempt
 
 

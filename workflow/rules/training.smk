@@ -27,12 +27,39 @@ rule study_plan:
         "finegrid plan {wildcards.study} --log {log}"
 
 
+# The runs that share base and tokens, in one process; their own jobs put the results in place. It runs only if one of
+# these runs does: see finegrid.pack_jobs.
+rule train_pack:
+    input:
+        plan=ancient("results/{study}/plan.json"),
+        tokens=pack_tokens,
+        model=pack_manifest,
+    output:
+        temp(touch(pack_jobs.marker("train", "{study}", "{pack}"))),
+    log:
+        "logs/train_pack/{study}/{pack}.log",
+    benchmark:
+        "benchmarks/train_pack/{study}/{pack}.tsv"
+    conda:
+        "../../envs/finegrid.yaml"
+    threads: config["threads"]
+    resources:
+        mem_mb=pack_training_memory,
+        gpu=pack_training_gpus,
+        runtime=pack_training_minutes,
+    message:
+        "Train pack {wildcards.pack} of study {wildcards.study}."
+    shell:
+        "finegrid train-pack {wildcards.study} {wildcards.pack} --log {log}"
+
+
 rule train_adapter:
     input:
         plan=ancient("results/{study}/plan.json"),
         tokens=training_tokens,
         model=run_manifest,
         configs=training_configs,
+        pack=training_pack,
     output:
         weights=directory("results/{study}/runs/{run}/adapter"),
         history="results/{study}/history/{run}.csv",

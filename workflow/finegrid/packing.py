@@ -1,0 +1,235 @@
+"""The work of a pack: its runs trained, or scored, in one process and staged for their own jobs.
+
+Which runs: those whose own job Snakemake will run (:mod:`finegrid.pack_jobs` writes them down); typed by hand, all.
+What is staged and still true is kept, so a pack that was killed goes on where it was: a run in training from its
+checkpoint. A run that fails is noted and the others go on; out of memory ends the pack, which is then tried again
+with more. Each run is locked while the pack is at work, and shows its own live state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finegrid import layout
+from finegrid.pack_jobs import NEEDED
+from finegrid.packs import pack_of_name
+from finegrid.staging import Staging, evaluation_identity, training_identity
+from finegrid.training.state import live_state
+from finegrid.training.stopping import Stop
+
+if TYPE_CHECKING:
+    from finegrid.study import Run, Study
+
+Progress = Callable[[str], None]
+SECONDS_FOR_PLACING = 60.0  # in which a run's own job has moved its files, in truth in a moment
+
+
+def needed(study: Study, pack: str, stage: str, scratch: Path) -> list[Run]:
+    """Return the runs of a pack that are needed: all of them where Snakemake has said nothing of this pack.
+
+    Raises:
+        UserError: the study has no such pack.
+    """
+    runs = pack_of_name(study, pack).runs
+    try:
+        said = json.loads((scratch / study.name / NEEDED).read_text(encoding="utf-8"))[stage][pack]
+    except (OSError, ValueError, KeyError):
+        return list(runs)
+    return [run for run in runs if run.id in said]
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None:
+    """Train the needed runs of a pack and stage them.
+
+    Args:
+        scratch: folder of all studies' checkpoints.
+
+    Raises:
+        UserError: the study has no such pack.
+    """
+    runs = needed(study, pack, "train", scratch)
+    with Stop() as stop, contextlib.ExitStack() as locks:
+        _lock(runs, study, scratch, locks, say)
+        places = {run.id: Staging.of(scratch, study.name, run.id, "train") for run in runs}
+        identities = {run.id: training_identity(run) for run in runs}
+        left = [run for run in runs if not places[run.id].is_whole(identities[run.id])]
+        say(f"{len(left)} of {len(runs)} runs to train: {', '.join(run.id for run in left)}")
+        for run in left:
+            _train(study, run, scratch, places[run.id], identities[run.id], stop, say)
+
+
+def _lock(runs: list[Run], study: Study, scratch: Path, locks: contextlib.ExitStack, say: Progress) -> None:
+    from finegrid.training.lock import RunLock
+
+    for run in runs:  # in the same order in every process, so that no two wait for each other
+        locks.enter_context(RunLock(scratch / study.name, run.id, lambda line, run=run: say(f"{run.id}: {line}")))
+
+
+def _train(
+    study: Study, run: Run, scratch: Path, place: Staging, identity: dict[str, Any], stop: Stop, say: Progress
+) -> None:
+    from finegrid.provenance import commit
+
+    made_at = commit(Path.cwd())
+    place.begin()
+    checkpoints = scratch / study.name / run.id
+    with _printing_to(place.log), _staged_failure(place, identity, run, say):
+        with live_state(checkpoints / "state.json", run.id, place.log, stop=stop) as tell:
+            from finegrid.training.train import train
+
+            train(
+                run.settings,
+                tokens=layout.tokens_folder(run),
+                model=layout.model_folder(run.settings.model),
+                output=place.folder / "weights",
+                history=place.folder / "history.csv",
+                summary=place.folder / "summary.json",
+                checkpoints=checkpoints,
+                progress=_both(run, say),
+                tell=tell,
+                stop=stop,
+            )
+        place.finish(identity, made_at=made_at)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None:
+    """Score the needed runs of a pack and stage predictions and metrics.
+
+    Raises:
+        UserError: the study has no such pack.
+    """
+    for run in needed(study, pack, "evaluate", scratch):
+        place = Staging.of(scratch, study.name, run.id, "evaluate")
+        trained = _trained(study, run, scratch, place)
+        if trained is None:
+            say(f"{run.id}: is not trained")
+            continue
+        weights, summary = trained
+        identity = evaluation_identity(study, run, summary)
+        if not place.is_whole(identity):
+            _evaluate(study, run, scratch, place, identity, weights, say)
+
+
+def _trained(study: Study, run: Run, scratch: Path, place: Staging) -> tuple[Path, Path] | None:
+    """Return where a run's weights and the summary of its training are; None if it is not trained.
+
+    What its pack has just trained is copied, since its own job moves it at any moment.
+    """
+    training, identity = Staging.of(scratch, study.name, run.id, "train"), training_identity(run)
+    placed = (
+        layout.weights_folder(study.name, run),
+        layout.RESULTS / study.name / "training" / f"{run.id}.json",
+    )
+    copy, end = place.folder.with_name("weights"), time.monotonic() + SECONDS_FOR_PLACING
+    while time.monotonic() < end:
+        done = training.done(identity)
+        if done is None or "failed" in done:
+            return placed if done is None and all(path.exists() for path in placed) else None
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(training.folder / "weights", copy)
+            shutil.copyfile(training.folder / "summary.json", copy / "summary.json")
+            return copy, copy / "summary.json"
+        time.sleep(0.1)
+    return None
+
+
+def _evaluate(
+    study: Study, run: Run, scratch: Path, place: Staging, identity: dict[str, Any], weights: Path, say: Progress
+) -> None:
+    from finegrid.provenance import commit
+
+    made_at = commit(Path.cwd())
+    place.begin()
+    state = scratch / study.name / run.id / "evaluation.json"
+    with _printing_to(place.log), _staged_failure(place, identity, run, say):
+        with live_state(state, run.id, place.log) as tell:
+            from finegrid.evaluation.evaluate import evaluate
+
+            both = _both(run, say)
+
+            def progress(line: str) -> None:
+                tell(state="evaluating", line=line)
+                both(line)
+
+            evaluate(
+                run.settings,
+                run.id,
+                tokens=layout.tokens_folder(run),
+                clean=layout.clean_folder(run),
+                model=layout.model_folder(run.settings.model),
+                adapter=weights,
+                predictions=place.folder / "predictions.jsonl",
+                metrics=place.folder / "metrics.json",
+                progress=progress,
+            )
+        place.finish(identity, made_at=made_at, device=evaluation_device(run))
+
+
+def evaluation_device(run: Run) -> str:
+    """Return the name of the device that this process scores a run on."""
+    import torch
+
+    uses_gpu = torch.cuda.is_available() and not run.settings.training_args.get("use_cpu", False)
+    return torch.cuda.get_device_name() if uses_gpu else "cpu"
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _both(run: Run, say: Progress) -> Progress:
+    """Return a function that says a line with the run's name, and prints it, which goes to the run's own log."""
+
+    def progress(line: str) -> None:
+        say(f"{run.id}: {line}")
+        print(line, flush=True)
+
+    return progress
+
+
+@contextlib.contextmanager
+def _staged_failure(place: Staging, identity: dict[str, Any], run: Run, say: Progress) -> Iterator[None]:
+    """Keep an error of one run from ending the pack; out of memory does, for then there is none for the next."""
+    from finegrid.training.state import reason_of
+
+    try:
+        yield
+    except Exception as error:
+        reason = reason_of(error)
+        say(f"{run.id}: failed: {reason}")
+        if reason == "out of memory":
+            raise
+        place.fail(identity, error)
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Send what the process prints, compiled libraries too, to a run's own log while the block runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with log.open("a", buffering=1) as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
