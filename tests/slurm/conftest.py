@@ -45,6 +45,9 @@ def cluster_project(slurm, project, tiny_model_dir, insuranceqa_dir, tmp_path_fa
     text = profile.read_text()
     assert "status-checks: 15" in text
     profile.write_text(text.replace("status-checks: 15", "status-checks: 1"))
+    settings = folder / "config/config.yaml"  # each run is a job of its own, unless a test says otherwise
+    assert "pack: auto" in settings.read_text()
+    settings.write_text(settings.read_text().replace("pack: auto", "pack: off"))
     made = Project(folder, slurm)
     yield made
     made.stop()

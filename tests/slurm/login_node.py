@@ -60,9 +60,11 @@ class Project:
         }
         self.environment.pop("HF_HUB_OFFLINE", None)  # the profile sees to it that jobs ask no hub
 
-    def start(self, study: str, *arguments: str, output: str = "snakemake.out") -> subprocess.Popen:
+    def start(
+        self, study: str, *arguments: str, config: tuple[str, ...] = (), output: str = "snakemake.out"
+    ) -> subprocess.Popen:
         """Start `snakemake --profile slurm`; what it prints is appended to a file of the project."""
-        command = ["snakemake", "--profile", "slurm", "--config", f"study={study}"]
+        command = ["snakemake", "--profile", "slurm", "--config", f"study={study}", *config]
         with (self.folder / output).open("ab") as file:
             controller = subprocess.Popen(
                 [*command, *arguments], cwd=self.folder, env=self.environment, stdout=file, stderr=subprocess.STDOUT

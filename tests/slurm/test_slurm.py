@@ -31,6 +31,15 @@ factors:
 seeds: [0]
 compare: {baseline: {rank: 8, rate: 1.0e-2}, metric: rougeL, margin: 0.01}
 """
+# Of that study the runs of one arm, and one more.
+PACKED = """\
+title: Do packs train alike?
+factors:
+  rank: {key: peft_config.r, levels: [4]}
+  rate: {key: training_args.learning_rate, levels: [1.0e-3]}
+seeds: [0, 1, 2, 3]
+compare: {baseline: {rank: 4, rate: 1.0e-3}, metric: rougeL, margin: 0.01}
+"""
 TOO_LITTLE = 300  # MiB, less than a Python process with torch
 
 
@@ -166,6 +175,30 @@ def test_a_cluster_whose_gpus_nobody_named_is_no_cpu_cluster(finished):
     assert done.returncode != 0
     assert "profiles/slurm/cluster.yaml: partition 'gpu' has GPUs, but nothing says which" in done.stdout + done.stderr
     assert len(project.jobs()) == len(finished.jobs)
+
+
+def test_a_pack_is_one_job_with_one_gpu_and_trains_what_the_runs_train_alone(finished):
+    project = finished.project
+    project.write_study("packed", PACKED)
+    runs = [run.id for run in load_study(project.folder / "config/studies/packed.yaml", project.folder).runs]
+    wanted = [f"results/packed/metrics/{run}.json" for run in runs]
+    before = {job["id"] for job in project.jobs()}
+    project.finish(project.start("packed", "--", *wanted, config=("pack=auto",)))
+    jobs = {job["name"].split(".", 1)[1]: job for job in project.jobs() if job["id"] not in before}
+    assert jobs.keys() == {"train_pack.packed", "evaluate_pack.packed"}
+    assert (jobs["train_pack.packed"]["partition"], jobs["evaluate_pack.packed"]["partition"]) == ("gpu", "cpu")
+    assert jobs["train_pack.packed"]["TresPerJob"] == "gres:gpu:a100:1"
+    for run in runs:
+        weights = f"runs/{run}/adapter/adapter_model.safetensors"
+        alone, packed = (project.folder / "results" / study / weights for study in ("grid", "packed"))
+        assert alone.exists() == (run in {each["run"] for each in finished.runs})
+        assert not alone.exists() or packed.read_bytes() == alone.read_bytes()
+        assert project.read(f"results/packed/metrics/{run}.json")["splits"]["test"]["examples"] == 8
+        assert project.read(f"results/packed/provenance/{run}.json")["command"].startswith("finegrid train packed")
+    for pack in ("off", "auto"):
+        for profile in ([], ["--profile", "slurm"]):
+            done = project.run("snakemake", *profile, "--config", "study=packed", f"pack={pack}", "-n", "--", *wanted)
+            assert "Nothing to be done" in done.stdout + done.stderr
 
 
 def test_two_nodes_train_like_one(finished):

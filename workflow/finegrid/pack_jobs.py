@@ -94,7 +94,7 @@ def _wanted(dag: Any) -> dict[Any, list[Any]]:
 def _with_packs(update: Callable) -> Callable:
     async def update_needrun(dag: Any, *args: Any, **keywords: Any) -> None:
         packs = {job for job in dag.jobs if _is_pack(job)} - dag._finished
-        if dag.rules_allowed_for_needrun or not packs:  # a job of a cluster runs what it was sent for
+        if not dag.workflow.is_main_process or not packs:  # a job of a cluster runs what it was sent for
             await update(dag, *args, **keywords)
             return
         dag._finished |= packs  # which are then no candidates, and no reason for others to run
