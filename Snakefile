@@ -31,9 +31,7 @@ if workflow.is_main_process:
 onstart:
     if workflow.is_main_process:
         controllers.begin(config["study"])
-        pack_jobs.begin(workflow.dag, Path(config["scratch"]))
-        if workflow.non_local_exec:
-            shell.prefix(f"{PREFIX}export FINEGRID_ONLY_PLACES=1; ")
+        begin_packs(config["study"])
 
 
 onsuccess:

@@ -236,7 +236,7 @@ def wait_for_stages(found: list[Orphan], say: Callable[[str], None]) -> None:
     import psutil
 
     for each in found:
-        if each.pid and not each.name.startswith("finegrid train "):
+        if each.pid and not each.name.startswith(("finegrid train ", "finegrid train-pack ")):
             say(f"waiting for the end of {each}")
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(each.pid).wait()

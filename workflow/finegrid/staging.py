@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,13 @@ class Staging:
                 folder.rmdir()
             except OSError:  # something else is in it
                 return
+
+
+def tidy(scratch: Path, study: str, runs: Container[str]) -> None:
+    """Remove what is staged for runs that a study has no more."""
+    for folder in (scratch / study / "packed").glob("*"):
+        if folder.name not in runs:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def raise_failure(done: Mapping[str, Any]) -> None:

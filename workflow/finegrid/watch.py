@@ -31,6 +31,7 @@ from typing import Any
 
 from finegrid import layout
 from finegrid.errors import UserError
+from finegrid.pack_jobs import NEEDED
 from finegrid.training.state import reason_in
 
 SECONDS_WITHOUT_SIGN = 90.0  # a sign of life comes every 5 s; a shared disk may be slow
@@ -41,9 +42,9 @@ TAIL = 1 << 14  # bytes of a log's end that are searched for a reason
 STATES = ("running", "evaluating", "failed", "done", "queued", "waiting")
 STAGES = ("train", "evaluate")
 SLURM_LOGS = ("logs/slurm", ".snakemake/slurm_logs")  # of our profile, of the executor by itself
-RULES = ("rule_train_adapter", "rule_train_model", "rule_evaluate")
+RULES = ("rule_train_adapter", "rule_train_model", "rule_evaluate", "rule_train_pack", "rule_evaluate_pack")
 SHELL_FAILED = re.compile(
-    r"finegrid (train|evaluate) (\S+) ([a-z0-9_]+-[0-9a-f]{8})\b.*"
+    r"finegrid (train|evaluate)(?:-pack)? (\S+) ([a-z0-9_]+-[0-9a-f]{8}|[0-9a-f]{8}-\d+of\d+)(?=\s).*"
     r"(?:returned non-zero exit status (\d+)|died with <Signals\.(\w+))"
 )
 
@@ -234,12 +235,17 @@ class Queue:
         fields = [line.split("\t") for line in answer.splitlines()]
         self.jobs = [Job(*(part.strip() for part in parts)) for parts in fields if len(parts) == 5]
 
-    def job_of(self, study: str, run: str, stage: str) -> Job | None:
-        """Return a run's job of a stage (`train`, `evaluate`), from the name or comment that Snakemake gave it:
-        ``<run>.<rule>.<study>`` or ``rule_<rule>_wildcards_<study>_<run>``."""
+    def job_of(self, study: str, names: Iterable[str], stage: str) -> Job | None:
+        """Return the job of a run, or of its pack, of a stage (`train`, `evaluate`), from the name or comment that
+        Snakemake gave it: ``<run>.<rule>.<study>`` or ``rule_<rule>_wildcards_<study>_<run>``."""
         for job in self.jobs:
-            ours = f"_{study}_{run}" in job.text or (job.text.startswith(f"{run}.") and f".{study} " in f"{job.text} ")
-            if ours and bool(re.search(r"\.evaluate\.|rule_evaluate_", job.text)) == (stage == "evaluate"):
+            ours = any(
+                f"_{study}_{name}" in job.text
+                or f"_{name}_{study}" in job.text
+                or (job.text.startswith(f"{name}.") and f".{study} " in f"{job.text} ")
+                for name in names
+            )
+            if ours and bool(re.search(r"\.evaluate(?:_pack)?\.|rule_evaluate_", job.text)) == (stage == "evaluate"):
                 return job
         return None
 
@@ -342,7 +348,7 @@ class Watcher:
         facts = self._facts(row.run, "state.json")
         if facts is not None:
             self._take(row, facts)
-        job = self.queue.job_of(self.study, row.run, "train")
+        job = self.queue.job_of(self.study, self._names(row.run, "train"), "train")
         if job is not None:
             _take_job(row, job)
         elif facts is not None:
@@ -356,11 +362,16 @@ class Watcher:
         """A run that is to be evaluated, or a base model; a trained one stays `done` until its evaluation starts."""
         if self._is_going(row, "evaluate"):
             return
-        job = self.queue.job_of(self.study, row.run, "evaluate")
+        job = self.queue.job_of(self.study, self._names(row.run, "evaluate"), "evaluate")
         if job is not None and (job.state != "PENDING" or not row.planned.trains):
             _take_job(row, job, "evaluating")
         elif job is None:
             self._fail(row, "evaluate", self._facts(row.run, "evaluation.json"))
+
+    def _names(self, run: str, stage: str) -> list[str]:
+        """Return what a run's jobs may be called: by itself, and by the pack that does its work."""
+        needed = self.files.read(self.scratch / NEEDED, read_json) or {}
+        return [run, *(pack for pack, runs in needed.get(stage, {}).items() if run in runs)]
 
     def _is_going(self, row: Row, stage: str) -> bool:
         """Fill the row of a run whose process gives signs of life; say whether there is one."""
@@ -433,7 +444,8 @@ class Watcher:
         reason = facts.get("reason") if facts.get("state") == "failed" else None
         if reason in (None, "", "ended by SIGTERM", "time-out"):  # Slurm knows who sent the signal
             reason = self._reason_of_slurm(row.run, stage) or reason
-        shell = self._shell.reasons.get((stage, row.run))
+        said = [self._shell.reasons.get((stage, name)) for name in self._names(row.run, stage)]
+        shell = next(filter(None, said), None)
         if not reason and facts:
             reason = self._silence(facts)
             reason = f"{reason.split(';')[0]}: {shell}" if reason and shell else reason
@@ -447,8 +459,11 @@ class Watcher:
 
     def _reason_of_slurm(self, run: str, stage: str) -> str | None:
         """Return what Slurm wrote into the log of the run's last job."""
-        name = f"{self.study}_{run}"
-        folders = [rule / name for rule, names in self._jobs.items() if stage in rule.name and name in names]
+        wanted = [f"{self.study}_{name}" for name in self._names(run, stage)]
+        wanted += [f"{name}_{self.study}" for name in self._names(run, stage)[1:]]
+        folders = [
+            rule / name for rule, names in self._jobs.items() if stage in rule.name for name in wanted if name in names
+        ]
         logs = [path for folder in folders for path in folder.glob("*.log")]
         return self.files.read(max(logs, key=_date), lambda path: reason_in(read_tail(path))) if logs else None
 

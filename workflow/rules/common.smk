@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from finegrid import controllers, layout, pack_jobs, packs, records, versions
+from finegrid import controllers, layout, pack_jobs, packs, records, staging, versions
 from finegrid.errors import UserError
 from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
@@ -304,6 +304,15 @@ def most_runs():
         return packs.most_runs(config.get("pack"))
     except UserError as error:
         stop(error)
+
+
+def begin_packs(study):
+    """Say which runs the packs have to train, before the first job starts."""
+    scratch = Path(config["scratch"])
+    pack_jobs.begin(workflow.dag, scratch)
+    staging.tidy(scratch, study, {run.id for run in study_of(study).runs})
+    if workflow.non_local_exec:  # a login node is no place to train what is not staged
+        shell.prefix(f"{PREFIX}export FINEGRID_ONLY_PLACES=1; ")
 
 
 @functools.cache

@@ -1,0 +1,185 @@
+"""Packs as a user meets them: what reruns, what a failed run does to the others, and how a killed pack goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import RECIPE, Checkout, copy_project, raw_rows
+from finegrid.packs import packs_here
+from finegrid.staging import Staging, training_identity
+from finegrid.study import load_study
+from finegrid.watch import Watcher
+
+pytestmark = pytest.mark.slow
+STUDY = """\
+title: Do packs hold?
+recipe: config/recipes/tiny.yaml
+factors:
+  rate: {key: training_args.learning_rate, levels: [1.0e-2, 1.0e+30]}
+seeds: [0, 1]
+compare: {baseline: {rate: 1.0e-2}, metric: rougeL, margin: 0.01}
+"""
+
+
+class Packed(Checkout):
+    """A project whose study is run on one core: one pack of four runs, two of which can only fail."""
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs of the first level, then of the second."""
+        return [run.id for run in load_study(Path("config/studies/tiny.yaml"), self.folder).runs]
+
+    def metrics(self, runs: list[str]) -> list[str]:
+        return [f"results/tiny/metrics/{run}.json" for run in runs]
+
+    def one_core(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+        return self.snakemake("--cores", "1", *arguments, check=check)
+
+    def jobs(self, *arguments: str, targets: list[str]) -> dict[str, int]:
+        """Return how many jobs of each rule a dry run on one core would start."""
+        text = self.one_core("--dry-run", "--quiet", "rules", *arguments, "--", *targets).stdout
+        rows = [line.split() for line in text.splitlines()]
+        return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit() and row[0] != "total"}
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def summary(self, run: str) -> dict:
+        return json.loads(self.path(f"results/tiny/training/{run}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def failed(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> tuple[Packed, subprocess.CompletedProcess]:
+    """The study, run once, and what that printed."""
+    folder = tmp_path_factory.mktemp("packs") / "project"
+    copy_project(project, tiny_model_dir, folder)
+    (folder / "data/raw/tiny").mkdir(parents=True)
+    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
+        lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
+        (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
+    (folder / "config/studies/tiny.yaml").write_text(STUDY)
+    (folder / "config/recipes/tiny.yaml").write_text(RECIPE)
+    packed = Packed(folder)
+    done = packed.one_core("--", *packed.metrics(packed.runs), check=False)
+    return packed, done
+
+
+@pytest.fixture
+def copy(failed, tmp_path) -> Packed:
+    folder = tmp_path / "project"
+    shutil.copytree(failed[0].folder, folder, symlinks=True)
+    return Packed(folder)
+
+
+def test_a_run_that_fails_leaves_the_others_of_its_pack_alone(failed):
+    packed, done = failed
+    calm, wild = packed.runs[:2], packed.runs[2:]
+    assert done.returncode == 1
+    assert "4 of 4 runs to train" in done.stderr
+    for run in calm:
+        assert packed.path(f"results/tiny/runs/{run}/adapter/adapter_model.safetensors").is_file()
+        assert packed.path(f"results/tiny/metrics/{run}.json").is_file()
+        provenance = json.loads(packed.path(f"results/tiny/provenance/{run}.json").read_text())
+        assert provenance["command"] == f"finegrid train tiny {run} --log logs/train/tiny/{run}.log"
+        log = packed.path(f"logs/train/tiny/{run}.log").read_text()
+        assert "step 4/4" in log
+        assert run not in log
+    for run in wild:
+        assert not packed.path(f"results/tiny/training/{run}.json").exists()
+        log = packed.path(f"logs/train/tiny/{run}.log").read_text()
+        (problem,) = [line for line in log.splitlines() if line.startswith("error: ")]
+        assert problem in done.stderr
+        assert "Traceback" not in log
+    rows = {row.run: row for row in Watcher("tiny", packed.folder).look().rows}
+    assert [rows[run].state for run in (*calm, *wild)] == ["done", "done", "failed", "failed"]
+    assert "NaN" in rows[wild[0]].reason or "infinity" in rows[wild[0]].reason
+
+
+def test_packs_or_none_rerun_nothing(failed):
+    packed, _ = failed
+    targets = packed.metrics(packed.runs[:2])
+    for arguments in ([], ["--config", "study=tiny", "pack=off"], ["--cores", "7"]):
+        assert packed.jobs(*arguments, targets=targets) == {}
+
+
+def test_a_changed_level_trains_its_own_runs_in_one_pack(copy):
+    copy.edit("config/studies/tiny.yaml", "1.0e+30", "1.0e-3")
+    plan = copy.folder / "results/tiny/plan.json"
+    copy.one_core("--", plan.relative_to(copy.folder).as_posix())
+    jobs = copy.jobs(targets=copy.metrics(copy.runs))
+    assert jobs == {"train_pack": 1, "train_adapter": 2, "evaluate_pack": 1, "evaluate": 2}
+
+
+def test_a_single_run_needs_no_pack(copy):
+    run = copy.runs[0]
+    shutil.rmtree(copy.folder / f"results/tiny/runs/{run}/adapter")
+    assert copy.jobs(targets=[f"results/tiny/runs/{run}/adapter"]) == {"train_adapter": 1}
+
+
+def test_a_killed_pack_goes_on_without_training_again_what_was_done(copy):
+    copy.edit("config/studies/tiny.yaml", "[1.0e-2, 1.0e+30]", "[1.0e-2]")
+    copy.edit("config/studies/tiny.yaml", "[0, 1]", "[0, 1, 2]")
+    copy.edit("config/recipes/tiny.yaml", "max_steps: 4", "max_steps: 60")
+    copy.edit("config/recipes/tiny.yaml", "eval_steps: 2", "eval_steps: 30")
+    copy.edit("config/recipes/tiny.yaml", "save_steps: 2", "save_steps: 5")
+    copy.one_core("--", "results/tiny/plan.json")
+    study = load_study(Path("config/studies/tiny.yaml"), copy.folder)
+    (pack,) = packs_here(study, 1)
+    first, second, third = (run.id for run in pack.runs)
+    targets = [f"results/tiny/training/{run}.json" for run in (first, second, third)]
+    environment = os.environ | {"PYTHONPATH": str(copy.folder / "workflow")}
+    command = ["snakemake", "--config", "study=tiny", "--cores", "1", "--", *targets]
+    controller = subprocess.Popen(
+        command, cwd=copy.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: step(copy, second) >= 10 or controller.poll() is not None)
+    finally:
+        for process in [*psutil.Process(controller.pid).children(recursive=True), psutil.Process(controller.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        controller.wait(10)
+    staged = copy.folder / f"scratch/tiny/packed/{first}/train/summary.json"
+    before = staged.read_bytes()
+    copy.snakemake("--unlock")
+    done = copy.one_core("--", *targets)
+    assert f"2 of 3 runs to train: {second}, {third}" in done.stderr
+    assert [copy.summary(run)["resumed_from"] is None for run in (first, second, third)] == [True, False, True]
+    assert copy.path(f"results/tiny/training/{first}.json").read_bytes() == before
+    assert not copy.path("scratch/tiny/packed").exists()  # nor what is left of runs that the study has no more
+
+
+def step(project: Packed, run: str) -> int:
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int((project.folder / f"scratch/tiny/{run}/history.csv").read_text().splitlines()[-1].split(",")[0])
+    return 0
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_nothing_stale_is_placed(copy, monkeypatch):
+    monkeypatch.chdir(copy.folder)
+    run = load_study(Path("config/studies/tiny.yaml"), copy.folder).runs[0]
+    place = Staging.of(Path("scratch"), "tiny", run.id, "train")
+    identity = training_identity(run)
+    place.begin()
+    place.finish(identity)
+    assert place.is_whole(training_identity(run))
+    tokens = next(Path("data/tokens").glob("*/train.arrow"))
+    tokens.write_bytes(tokens.read_bytes() + b"x")
+    assert not place.is_whole(training_identity(run))
+    assert not place.is_whole(identity | {"code": "another"})
