@@ -368,6 +368,24 @@ def test_evaluations_before_the_rows_are_known_ask_for_no_time(project):
 # ---------------------------------------------------------------- on the terminal
 
 
+def test_plan_says_who_is_packed_what_that_saves_and_who_is_not(project, capsys):
+    folder, study = project
+    levels = {"full": {"peft_config": None}, "lora": {"peft_config.r": 4}, "wide": {"peft_config.r": 16}}
+    recipe = {"peft_config": {"r": 8}, "model": HUB | {"dtype": "bfloat16"}}
+    the_study = study(recipe, factors={"method": levels}, seeds=[0, 1, 2])
+    plan = make_plan(the_study, folder)
+    (group,) = plan["packs"]["groups"]
+    assert len(group["runs"]) == 6
+    assert not [run for run in group["runs"] if run.startswith("full")]
+    assert group["seconds_alone"] - group["seconds"] > 5 * 20  # five starts of 20 s, and five loads
+    assert plan["packs"]["alone"] == {"full fine-tuning changes the base": 3}
+    print_plan(plan)
+    assert "3 alone: full fine-tuning changes the base" in " ".join(capsys.readouterr().out.split())
+    (folder / "config").mkdir()
+    (folder / "config/config.yaml").write_text("pack: off\n")
+    assert make_plan(the_study, folder)["packs"]["groups"] == []
+
+
 def test_printed_plan_fits_100_columns_and_leaves_the_rest_to_the_file(project, capsys):
     folder, study = project
     ranks = {"key": "peft_config.r", "levels": list(range(1, 61))}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from finegrid.fingerprint import short_hash
 from finegrid.forecast import Throughputs, evaluation_seconds, start_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
-from finegrid.packs import at_once, pack_memory
+from finegrid.packs import alone, at_once, groups, most_runs, pack_memory
 from finegrid.preview import data_preview
 from finegrid.shapes import model_config
 from finegrid.yaml_file import read_yaml
@@ -109,6 +110,7 @@ def make_plan(study: Study, project: Path, gpus: str | list | None = None) -> di
     plan["runs"] = runs
     plan["hardware"] = {"gpus": [card.name for card in context.hardware.gpus], "source": context.hardware.source}
     plan["totals"] = totals(runs)
+    plan["packs"] = _packs(context, study)
     plan["notes"] = list(study.notes)
     settings = {run.id: run.settings for run in study.all_runs}
     reports = context.reports
@@ -140,6 +142,23 @@ def plan_settings(study: Study) -> dict:
         "settings": short_hash([[run.settings.training_args.get(key) for key in TOLD] for run in study.runs]),
         "limits": [limits for _, limits in sorted({run.data_id: _limits(run) for run in study.runs}.items())],
     }
+
+
+def _packs(context: Context, study: Study) -> dict[str, Any]:
+    """Return who can share a process: ``groups`` of runs, each with its ``seconds`` as one pack and ``seconds_alone``,
+    and ``alone``, the number of runs for each reason why a run can't."""
+    if most_runs(_configured(context.project).get("pack")) == 0:
+        return {"groups": [], "alone": {}}
+    found = [group for group in groups(study).values() if len(group) > 1]
+    shared = [
+        {
+            "runs": [run.id for run in group],
+            "seconds": pack_needs(context, group).get("seconds"),
+            "seconds_alone": _sum(context.facts(run)["seconds"] for run in group),
+        }
+        for group in found
+    ]
+    return {"groups": shared, "alone": dict(Counter(alone(study).values()))}
 
 
 def totals(runs: Sequence[Mapping]) -> dict[str, Any]:
@@ -177,7 +196,7 @@ def _lasting(plan: Mapping) -> dict:
     """Return the plan without its estimates of time, as plain JSON data."""
     runs = [{key: value for key, value in run.items() if key not in TIMES} for run in plan["runs"]]
     kept = {key: value for key, value in plan["totals"].items() if key not in TIMES}
-    return json.loads(json.dumps({**plan, "runs": runs, "totals": kept}))
+    return json.loads(json.dumps({**plan, "runs": runs, "totals": kept, "packs": None}))
 
 
 def _limits(run: Run) -> dict:
@@ -458,10 +477,10 @@ def _training_needs(context: Context, run: Run) -> dict[str, int]:
 def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
     """Return what the training of a pack asks for: ``mem_mb``, ``gpus``, ``together`` (runs in one step at most),
     and ``seconds`` and ``runtime`` in minutes if known: those of all its runs, with one start and one load."""
-    alone = [training_needs(context, run) for run in runs]
+    needed = [training_needs(context, run) for run in runs]
     facts = [context.facts(run) for run in runs]
     shape, _ = context.shape(runs[0].settings)
-    needs = {"gpus": max(each["gpus"] for each in alone), "mem_mb": max(each["mem_mb"] for each in alone)}
+    needs = {"gpus": max(each["gpus"] for each in needed), "mem_mb": max(each["mem_mb"] for each in needed)}
     memories = [Memory(**each["memory"]) for each in facts if each["memory"]]
     largest = max(memories, key=lambda memory: memory.total, default=None)
     card = next((card for card in context.hardware.gpus if card.name == facts[0]["device"]), None)
@@ -474,13 +493,13 @@ def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
 
 def evaluation_pack_needs(context: Context, runs: Sequence[Run], without_gpu: bool = False) -> dict[str, int]:
     """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`."""
-    alone = [evaluation_needs(context, run, without_gpu) for run in runs]
-    needs = {key: max(each[key] for each in alone) for key in ("gpus", "mem_mb")}
+    needed = [evaluation_needs(context, run, without_gpu) for run in runs]
+    needs = {key: max(each[key] for each in needed) for key in ("gpus", "mem_mb")}
     shape, _ = context.shape(runs[0].settings)
     if shape is not None:
         adapters = [context.facts(run)["memory"]["adapters"] for run in runs]
         needs["mem_mb"] += math.ceil(sum(adapters) * HELD / MEGABYTE)
-    return needs | _pack_seconds(context, runs, [each.get("seconds") for each in alone])
+    return needs | _pack_seconds(context, runs, [each.get("seconds") for each in needed])
 
 
 def _pack_seconds(context: Context, runs: Sequence[Run], seconds: Sequence[float | None]) -> dict[str, int]:

@@ -150,6 +150,7 @@ def _summary(plan: Mapping) -> list[str]:
         lines.append(f"training: {hours:,.1f} {kind} on {cards} ({hardware['source']}); time from {sources}")
     else:
         lines.append(f"training: time unknown; planned for {cards} ({hardware['source']})")
+    lines += _packs(plan["packs"])
     if total["output_bytes"] is not None:
         checkpoints = max(run["disk_bytes"] for run in trained)
         lines.append(
@@ -159,6 +160,21 @@ def _summary(plan: Mapping) -> list[str]:
     if any(not run["exact"] and run["train_rows"] is not None for run in trained):
         lines.append("≈ counted from the raw files, before cleaning: the data stage makes it exact before any training")
     return lines
+
+
+def _packs(packs: Mapping) -> list[str]:
+    """Return who trains in one process, what that saves, and who can't."""
+    groups = packs["groups"]
+    if not groups:
+        return []
+    runs = sum(len(group["runs"]) for group in groups)
+    several = f"{len(groups)} packs" if len(groups) > 1 else "one pack"
+    line = f"packs: {runs:,} runs share base and tokens with others and can be {several}, or parts of them side by side"
+    if all(group["seconds"] is not None for group in groups):
+        before, after = (sum(group[key] for group in groups) for key in ("seconds_alone", "seconds"))
+        line += f"; one start each: {duration(after)} of work instead of {duration(before)}"
+    reasons = [f"{count:,} alone: {why}" for why, count in packs["alone"].items()]
+    return [line, *([f"not in packs: {'; '.join(reasons)}"] if reasons else [])]
 
 
 def duration(seconds: float | None) -> str:
