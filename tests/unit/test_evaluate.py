@@ -12,11 +12,12 @@ import torch
 from finegrid.data.tokenising import tokenise
 from finegrid.errors import UserError
 from finegrid.evaluation import evaluate as module
+from finegrid.evaluation import resident
 from finegrid.evaluation.evaluate import evaluate
 from finegrid.evaluation.metrics import SCORES
 from finegrid.settings import RunSettings
 from finegrid.training.train import train
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from token_rows import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,13 +90,15 @@ def data(model_dir, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "tokens", clean
 
 
-def run(settings: RunSettings, data: tuple[Path, Path], model: Path, output: Path, adapter=None, progress=None) -> dict:
+def run(
+    settings: RunSettings, data: tuple[Path, Path], model: Path, output: Path, adapter=None, progress=None, **how
+) -> dict:
     """Evaluate into `output`; return the metrics and, as "rows", the predictions by (split, id)."""
     tokens, clean = data
     predictions, metrics = output / "predictions.jsonl", output / "metrics.json"
     lines: list[str] = []
     said = evaluate(
-        settings, "lora-1a2b3c4d", tokens, clean, model, adapter, predictions, metrics, progress or lines.append
+        settings, "lora-1a2b3c4d", tokens, clean, model, adapter, predictions, metrics, progress or lines.append, **how
     )
     assert json.loads(metrics.read_text(encoding="utf-8")) == said
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
@@ -319,6 +322,48 @@ def test_validation_loss_is_the_one_that_training_saw(data, model_dir, tmp_path,
     untrained = run(settings, data, model_dir, tmp_path / "base")
     assert trained["splits"]["validation"]["loss"] == pytest.approx(summary["final_eval_loss"], abs=1e-5)
     assert untrained["splits"]["validation"]["loss"] == pytest.approx(summary["base_eval_loss"], abs=1e-5)
+
+
+def other_adapters(model_dir: Path, folder: Path) -> dict[str, Path | None]:
+    """Write adapters of other ranks, targets and kinds; "base" has none."""
+    kinds = {
+        "all": LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **LORA),
+        "dora": LoraConfig(
+            task_type="CAUSAL_LM", init_lora_weights=False, r=2, target_modules=["q_proj"], use_dora=True
+        ),
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    for name, config in kinds.items():
+        torch.manual_seed(7)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(folder / name)
+    return {"base": None} | {name: folder / name for name in kinds}
+
+
+@pytest.mark.parametrize("quantised", [None, NF4], ids=["fp32", "nf4"])
+def test_runs_that_share_a_base_are_scored_as_each_alone(data, model_dir, tmp_path, monkeypatch, quantised):
+    adapters = other_adapters(model_dir, tmp_path)
+    settings = recipe(peft_config=LORA, quantization_config=quantised)
+    expected = {name: run(settings, data, model_dir, tmp_path / "alone", path) for name, path in adapters.items()}
+    bases, load_base = [], resident.load_base
+    monkeypatch.setattr(resident, "load_base", lambda *given: bases.append(load_base(*given)) or bases[-1])
+    resident_base = resident.ResidentBase()
+    # The base is first and last: no adapter may leave a trace in it.
+    for name, path in [*adapters.items(), *reversed(adapters.items())]:
+        found = run(settings, data, model_dir, tmp_path / "shared", path, load=resident_base.load)
+        for part in ("rows", "splits", "data", "signatures"):
+            assert found[part] == expected[name][part], name
+    assert len(bases) == 1
+    losses = {found["splits"]["test"]["loss"] for found in expected.values()}
+    assert len(losses) == len(adapters)
+
+
+def test_another_base_takes_the_place_of_the_resident_one(base, data, model_dir, tmp_path):
+    resident_base = resident.ResidentBase()
+    quantised = recipe(peft_config=LORA, quantization_config=NF4)
+    first = run(quantised, data, model_dir, tmp_path, load=resident_base.load)
+    second = run(recipe(), data, model_dir, tmp_path, load=resident_base.load)
+    assert second["rows"] == base["rows"]
+    assert first["rows"] != base["rows"]
 
 
 # ---------------------------------------------------------------- what goes wrong

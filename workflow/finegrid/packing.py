@@ -26,6 +26,7 @@ from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
 
 if TYPE_CHECKING:
+    from finegrid.evaluation.resident import ResidentBase
     from finegrid.study import Run, Study
 
 Progress = Callable[[str], None]
@@ -112,6 +113,7 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None
     Raises:
         UserError: the study has no such pack.
     """
+    base = None
     for run in needed(study, pack, "evaluate", scratch):
         place = Staging.of(scratch, study.name, run.id, "evaluate")
         trained = _trained(study, run, scratch, place)
@@ -121,7 +123,15 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None
         weights, summary = trained
         identity = evaluation_identity(study, run, summary)
         if not place.is_whole(identity):
-            _evaluate(study, run, scratch, place, identity, weights, say)
+            base = base or _resident_base()
+            _evaluate(study, run, scratch, place, identity, weights, say, base)
+
+
+def _resident_base() -> ResidentBase:
+    import finegrid.evaluation.evaluate  # noqa: F401 - sets what must be set before transformers is imported
+    from finegrid.evaluation.resident import ResidentBase
+
+    return ResidentBase()
 
 
 def _trained(study: Study, run: Run, scratch: Path, place: Staging) -> tuple[Path, Path] | None:
@@ -149,7 +159,14 @@ def _trained(study: Study, run: Run, scratch: Path, place: Staging) -> tuple[Pat
 
 
 def _evaluate(
-    study: Study, run: Run, scratch: Path, place: Staging, identity: dict[str, Any], weights: Path, say: Progress
+    study: Study,
+    run: Run,
+    scratch: Path,
+    place: Staging,
+    identity: dict[str, Any],
+    weights: Path,
+    say: Progress,
+    base: ResidentBase,
 ) -> None:
     from finegrid.provenance import commit
 
@@ -176,6 +193,7 @@ def _evaluate(
                 predictions=place.folder / "predictions.jsonl",
                 metrics=place.folder / "metrics.json",
                 progress=progress,
+                load=base.load,
             )
         place.finish(identity, made_at=made_at, device=evaluation_device(run))
 

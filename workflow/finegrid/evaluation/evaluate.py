@@ -54,6 +54,7 @@ def evaluate(
     predictions: Path,
     metrics: Path,
     progress: Callable[[str], None] = lambda line: None,
+    load: Callable[..., Any] = load_trained,
 ) -> dict[str, Any]:
     """Evaluate a run on test and validation; write and return its metrics, write its predictions.
 
@@ -69,6 +70,8 @@ def evaluate(
         adapter: folder of the adapter, or of the whole model for full fine-tuning; None evaluates the base.
         predictions: JSONL to write.
         metrics: JSON to write.
+        load: gives the model, as ``load_trained`` does; with :class:`finegrid.evaluation.resident.ResidentBase`
+            several runs of a process share their base.
 
     Raises:
         UserError: the split to evaluate is empty, tokens and clean rows do not belong together, a loss is not
@@ -84,7 +87,7 @@ def evaluate(
         )
     with clock.measure("load"):
         device = _device(settings)
-        trained = load_trained(settings, model, adapter, device)
+        trained = load(settings, model, adapter, device)
     with clock.measure("likelihood"):
         for split in SPLITS:
             _add_likelihood(trained, rows[split], settings.evaluation.batch_size, _paced(progress, split, rows[split]))

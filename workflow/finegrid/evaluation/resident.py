@@ -1,0 +1,64 @@
+"""A base model that stays in memory while run after run is scored on it.
+
+Used where one process evaluates several runs (:mod:`finegrid.packing`); reads model and adapter folders, writes
+nothing. Every run gets modules of its own, a copy of the base's that shares its weights, so that no run's adapter
+leaves a trace in the next one's model.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from finegrid.training.model import load_base, load_trained
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from finegrid.settings import RunSettings
+
+
+class ResidentBase:
+    """Loads what runs trained, as :func:`finegrid.training.model.load_trained` does, and the base but once.
+
+    One base is kept: that of the last run. A fully trained model is loaded from its own folder, and so is a base whose
+    weights are quantised on a GPU: that its modules can be copied is tested on the CPU alone.
+    """
+
+    def __init__(self):
+        self._model: PreTrainedModel | None = None
+        self._key: tuple[str, ...] | None = None
+
+    def load(
+        self, settings: RunSettings, folder: Path, adapter: Path | None, device: torch.device | str
+    ) -> PreTrainedModel | PeftModel:
+        """Return what a run trained, ready for evaluation (``eval()``, no gradients); see ``load_trained``."""
+        whole = adapter is not None and settings.peft_config is None
+        if whole or (settings.quantization_config and torch.device(device).type != "cpu"):
+            return load_trained(settings, folder, adapter, device)
+        model = _with_shared_weights(self._base(settings, folder, device))
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        return model.eval().requires_grad_(False)
+
+    def _base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
+        quantised = json.dumps(settings.quantization_config, sort_keys=True, default=str)
+        key = (str(folder), str(device), settings.model.model_dump_json(), quantised)
+        if key != self._key:
+            self._model = self._key = None  # two bases need not fit side by side
+            self._model = load_base(settings, folder, device)
+            self._key = key
+        return self._model
+
+
+def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
