@@ -79,7 +79,13 @@ def finished(cluster_project) -> Finished:
     else:
         raise AssertionError(f"no training waited for a GPU:\n{cluster_project.printed()}")
     cluster_project.finish(controller)
-    return Finished(cluster_project, starved)
+    finished = Finished(cluster_project, starved)
+    for told in re.findall(r"Slurm job \d+ ended as .*", finished.printed):
+        print(told)  # pytest shows it where a test fails
+        for log in re.findall(r"logs/\S+\.log", told):
+            path = cluster_project.folder / log
+            print(path.read_text()[-3000:] if path.is_file() else f"no {log}")
+    return finished
 
 
 def test_the_study_went_from_raw_data_to_its_report(finished):
@@ -126,8 +132,11 @@ def test_data_figures_and_evaluations_of_a_small_model_held_no_gpu(finished):
     assert all(job["partition"] == "cpu" and "gpu" not in job.get("TresPerJob", "") for job in others)
     assert {job["name"].split(".")[1] for job in others} == {"clean", "tokenise", "evaluate"}
     evaluations = [job for job in others if ".evaluate." in job["name"]]
-    assert len(evaluations) == 13
-    assert {minutes(job["TimeLimit"]) for job in evaluations} == {11}  # ten, and half as much again as the plan says
+    # An attempt that failed on this machine is followed by another: the first says what was asked for.
+    first = {job["name"]: job for job in sorted(evaluations, key=lambda job: -int(job["id"]))}
+    assert len(first) == 13
+    # Ten, and half as much again as the plan says.
+    assert {minutes(job["TimeLimit"]) for job in first.values()} == {11}
 
 
 def test_a_job_out_of_memory_was_tried_again_with_more(finished):
