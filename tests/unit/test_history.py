@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 
 import pytest
 import torch
 from finegrid.errors import UserError
 from finegrid.training.guards import check_evaluation, check_step
-from finegrid.training.history import COLUMNS, history_rows, peak_memory_mb, write_history
+from finegrid.training.history import COLUMNS, forget_peak, history_rows, peak_memory_mb, write_history
 from finegrid.training.progress import duration
 
 LOG = [
@@ -81,3 +82,17 @@ def test_a_validation_loss_that_is_no_number_stops():
 )
 def test_durations_are_said_as_a_person_says_them(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be forgotten on Linux alone")
+def test_a_run_in_a_pack_has_none_of_the_memory_of_the_run_before_it():
+    cpu = torch.device("cpu")
+    forget_peak()
+    start = peak_memory_mb(cpu)
+    before_it = torch.ones(256 * 2**18)  # MiB
+    assert 200 < peak_memory_mb(cpu) - start < 300
+    del before_it
+    forget_peak()
+    own = torch.ones(64 * 2**18)
+    assert 50 < peak_memory_mb(cpu) - start < 100
+    del own

@@ -89,6 +89,7 @@ def _train(
         with live_state(checkpoints / "state.json", run.id, place.log, stop=stop) as tell:
             from finegrid.training.train import train
 
+            _forget_peak()
             train(
                 run.settings,
                 tokens=layout.tokens_folder(run),
@@ -177,6 +178,7 @@ def _evaluate(
         with live_state(state, run.id, place.log) as tell:
             from finegrid.evaluation.evaluate import evaluate
 
+            _forget_peak()
             both = _both(run, say)
 
             def progress(line: str) -> None:
@@ -217,6 +219,12 @@ def _both(run: Run, say: Progress) -> Progress:
         print(line, flush=True)
 
     return progress
+
+
+def _forget_peak() -> None:
+    from finegrid.training.history import forget_peak  # imports transformers: only after the stage, which prepares that
+
+    forget_peak()
 
 
 @contextlib.contextmanager

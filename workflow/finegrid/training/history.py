@@ -6,6 +6,7 @@ that died with the process are gone with it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import resource
 import sys
@@ -30,6 +31,8 @@ COLUMNS = [
     "seconds",
     "memory_mb",
 ]
+
+_told = [0.0]  # the highest peak that was told
 
 
 def history_rows(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,8 +63,26 @@ class HistoryFile(TrainerCallback):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak of memory so far in MiB: what torch allocated on the GPU, or the process's resident set."""
+    """Return the peak of memory in MiB since the process started or :func:`forget_peak` was called: what torch
+    allocated on the GPU, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration):  # no Linux
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
+        _told[0] = max(_told[0], peak)  # Linux counts in parts, and a little less now and then
+        return _told[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def forget_peak() -> None:
+    """Let the peak be that of what comes: a run in a pack has none of the runs before it, but what they left lying.
+
+    Where the system keeps the process's peak to itself (no Linux, a container that forbids it), it stays.
+    """
+    _told[0] = 0.0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
