@@ -9,6 +9,7 @@ with more. Each run is locked while the pack is at work, and shows its own live 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ def _train(
         with live_state(checkpoints / "state.json", run.id, place.log, stop=stop) as tell:
             from finegrid.training.train import train
 
-            _forget_peak()
+            _forget_the_last()
             train(
                 run.settings,
                 tokens=layout.tokens_folder(run),
@@ -178,7 +179,7 @@ def _evaluate(
         with live_state(state, run.id, place.log) as tell:
             from finegrid.evaluation.evaluate import evaluate
 
-            _forget_peak()
+            _forget_the_last()
             both = _both(run, say)
 
             def progress(line: str) -> None:
@@ -221,9 +222,11 @@ def _both(run: Run, say: Progress) -> Progress:
     return progress
 
 
-def _forget_peak() -> None:
+def _forget_the_last() -> None:
+    """Give back what the run before had, and let its peak of memory be no other run's."""
     from finegrid.training.history import forget_peak  # imports transformers: only after the stage, which prepares that
 
+    gc.collect()  # a trainer and its callbacks know each other
     forget_peak()
 
 

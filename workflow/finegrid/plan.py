@@ -23,7 +23,7 @@ from finegrid.arithmetic import disk, training_arithmetic
 from finegrid.files import whole, write_json
 from finegrid.findings import find
 from finegrid.fingerprint import short_hash
-from finegrid.forecast import Throughputs, evaluation_seconds, start_seconds, training_seconds
+from finegrid.forecast import START_SECONDS, Throughputs, evaluation_seconds, start_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
 from finegrid.packs import alone, at_once, groups, most_runs, pack_memory
@@ -476,7 +476,7 @@ def _training_needs(context: Context, run: Run) -> dict[str, int]:
 
 def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
     """Return what the training of a pack asks for: ``mem_mb``, ``gpus``, ``together`` (runs in one step at most),
-    and ``seconds`` and ``runtime`` in minutes if known: those of all its runs, with one start and one load."""
+    and ``seconds`` and ``runtime`` in minutes if known: those of all its runs, with one start."""
     needed = [training_needs(context, run) for run in runs]
     facts = [context.facts(run) for run in runs]
     shape, _ = context.shape(runs[0].settings)
@@ -488,25 +488,25 @@ def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
     if largest is not None and card is None:
         together = min(len(runs), needs["together"])
         needs["mem_mb"] = math.ceil(pack_memory(largest, len(runs), together) * HELD / MEGABYTE)
-    return needs | _pack_seconds(context, runs, [each["seconds"] for each in facts])
+    return needs | _pack_seconds([each["seconds"] for each in facts], START_SECONDS)
 
 
 def evaluation_pack_needs(context: Context, runs: Sequence[Run], without_gpu: bool = False) -> dict[str, int]:
-    """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`."""
+    """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`; their base is loaded once."""
     needed = [evaluation_needs(context, run, without_gpu) for run in runs]
     needs = {key: max(each[key] for each in needed) for key in ("gpus", "mem_mb")}
     shape, _ = context.shape(runs[0].settings)
     if shape is not None:
         adapters = [context.facts(run)["memory"]["adapters"] for run in runs]
         needs["mem_mb"] += math.ceil(sum(adapters) * HELD / MEGABYTE)
-    return needs | _pack_seconds(context, runs, [each.get("seconds") for each in needed])
+    return needs | _pack_seconds([each.get("seconds") for each in needed], start_seconds(runs[0].settings, shape))
 
 
-def _pack_seconds(context: Context, runs: Sequence[Run], seconds: Sequence[float | None]) -> dict[str, int]:
+def _pack_seconds(seconds: Sequence[float | None], saved: float) -> dict[str, int]:
+    """Return the time of all runs, where each but the first saves so many seconds."""
     if any(each is None for each in seconds):
         return {}
-    shape, _ = context.shape(runs[0].settings)
-    whole = sum(seconds) - (len(runs) - 1) * start_seconds(runs[0].settings, shape)
+    whole = sum(seconds) - (len(seconds) - 1) * saved
     return {"seconds": round(whole), "runtime": math.ceil((whole * 1.5 + 600) / 60)}
 
 
