@@ -12,10 +12,11 @@ import torch
 from finegrid.data.tokenising import tokenise
 from finegrid.errors import UserError
 from finegrid.evaluation import evaluate as module
-from finegrid.evaluation import resident
 from finegrid.evaluation.evaluate import evaluate
 from finegrid.evaluation.metrics import SCORES
+from finegrid.evaluation.together import answers_of_all
 from finegrid.settings import RunSettings
+from finegrid.training import resident
 from finegrid.training.train import train
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from token_rows import plain_loss
@@ -355,6 +356,32 @@ def test_runs_that_share_a_base_are_scored_as_each_alone(data, model_dir, tmp_pa
     assert len(bases) == 1
     losses = {found["splits"]["test"]["loss"] for found in expected.values()}
     assert len(losses) == len(adapters)
+
+
+@pytest.mark.parametrize("quantised", [None, NF4], ids=["fp32", "nf4"])
+def test_answers_made_together_are_those_of_each_run_alone(data, model_dir, tmp_path, quantised):
+    kinds = {
+        "all": LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **LORA),
+        "few": LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2, target_modules=["q_proj"]),
+        "head": LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2, target_modules=["lm_head"]),
+        "dora": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], use_dora=True),
+    }
+    for number, (name, config) in enumerate(kinds.items()):
+        torch.manual_seed(number)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / name)
+    settings = recipe(peft_config=LORA, quantization_config=quantised)
+    longer = settings.model_copy(update={"generation_config": {"max_new_tokens": 5}})
+    runs = {name: (settings, tmp_path / name) for name in kinds} | {"longer": (longer, tmp_path / "all")}
+    base = resident.ResidentBase()
+    made = answers_of_all(runs, *data, model_dir, base, most_rows=7)
+    assert made.keys() == {"all", "few", "head"}  # and `longer` has nobody to share with
+    for name, found in made.items():
+        alone = run(settings, data, model_dir, tmp_path / "alone", tmp_path / name)
+        given = run(settings, data, model_dir, tmp_path / "given", tmp_path / name, load=base.load, answers=found)
+        for part in ("rows", "splits", "signatures"):
+            assert given[part] == alone[part], name
+        assert given["generation"]["new_tokens"] == alone["generation"]["new_tokens"]
+        assert len({row["prediction"] for row in alone["rows"].values()}) > 2
 
 
 def test_another_base_takes_the_place_of_the_resident_one(base, data, model_dir, tmp_path):

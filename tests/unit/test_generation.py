@@ -112,6 +112,39 @@ def test_beams_and_stop_strings_work_in_batches(model, tokenizer):
     assert generate_answers(model, tokenizer, prompts[:1], stops, 1)[1] < 6
 
 
+def plainly(model, prompt: list[int], config: GenerationConfig) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3, "min_new_tokens": 3}, {"no_repeat_ngram_size": 2}], ids=str
+)
+def test_rows_that_end_leave_the_batch_and_change_no_answer(model, tokenizer, options):
+    prompts = make_prompts(16, seed=5)
+    free = generate_answers(model, tokenizer, prompts, generation_config({}, 24, [2], PAD), 1)[0]
+    firsts = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in free]
+    ends = [2, *{ids[3 * number % 20] for number, ids in enumerate(firsts) if len(ids) > 20}]  # early, late and never
+    config = generation_config(options, 24, ends, PAD)
+    sizes, forward = [], model.forward
+
+    def watched(input_ids, **arguments):
+        sizes.append(len(input_ids))
+        return forward(input_ids=input_ids, **arguments)
+
+    model.forward = watched
+    answers, new_tokens = generate_answers(model, tokenizer, prompts, config, 16)
+    del model.forward
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 16
+    assert (sizes[-1] < 16) == ("repetition_penalty" not in options)  # which counts the rows that it began with
+    written = [plainly(model, prompt, config) for prompt in prompts]
+    assert new_tokens == sum(map(len, written))
+    kept = [row[:-1] if row[-1] in ends else row for row in written]
+    assert answers == [tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]
+
+
 def test_sampling_repeats_with_its_seed_and_leaves_the_generator_alone(model, tokenizer):
     prompts, config = make_prompts(4), generation_config({"do_sample": True}, 8, [2], PAD)
     state = torch.get_rng_state()

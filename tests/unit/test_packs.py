@@ -69,6 +69,7 @@ def test_runs_share_where_base_tokens_and_numbers_are_the_same(make):
         ("training_args", {"report_to": ["wandb"]}, "wandb"),
         ("training_args", {"auto_find_batch_size": True}, "auto_find_batch_size"),
         ("peft_config", {"peft_type": "IA3"}, "IA3"),
+        ("peft_config", {"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa"),
         ("peft_config", {"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )
@@ -131,9 +132,9 @@ def test_the_key_takes_auto_off_or_a_number():
 
 def test_as_many_runs_are_in_a_step_as_the_card_holds():
     memory = Memory(10, 1, 1, 2, 4, 1, 0, 5, total=23)
-    assert at_once(memory, 10**9, card=100) == (95 - 15) // 8
-    assert at_once(memory, 10**9, card=20) == 1
-    assert at_once(memory, 10**9, None) == 1
-    assert at_once(memory, 10**6, None) == 8
+    assert at_once(memory, card=100) == (95 - 15) // 8
+    assert at_once(memory, card=20) == 1
+    assert at_once(memory, card=None) == 1
+    assert at_once(memory, card=100, quantised=True) == 1
     assert pack_memory(memory, runs=6, together=1) == 23 + 5 * 4
     assert pack_memory(memory, runs=6, together=6) == 15 + 6 * 8

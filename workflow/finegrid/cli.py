@@ -287,18 +287,24 @@ def evaluate(
                 metrics=results / "metrics" / f"{run}.json",
                 progress=say,
             )
-        _write_evaluation_provenance(the_study, the_run, packing.evaluation_device(the_run))
+        _write_evaluation_provenance(the_study, the_run, packing.device_name(the_run))
 
 
 @app.command("train-pack")
-def train_pack(study: StudyName, pack: PackName, log: Log = None, scratch: Scratch = Path("scratch")) -> None:
+def train_pack(
+    study: StudyName,
+    pack: PackName,
+    together: Annotated[int, typer.Option(help="How many runs make their steps together, on a GPU.")] = 1,
+    log: Log = None,
+    scratch: Scratch = Path("scratch"),
+) -> None:
     """Train the runs of a pack in one process; the jobs of these runs put the results in place.
 
     Snakemake says which runs are needed; without it, all of the pack's. A stopped pack goes on where it was.
     """
     log = log or Path("logs/train_pack") / study / f"{pack}.log"
     with _stage(f"train-pack {pack}", log) as progress:
-        packing.train_pack(_study(study), pack, scratch, progress)
+        packing.train_pack(_study(study), pack, scratch, progress, together)
 
 
 @app.command("evaluate-pack")
@@ -306,6 +312,7 @@ def evaluate_pack(
     study: StudyName,
     pack: PackName,
     gpus: Annotated[int, typer.Option(help="0: on the CPU, whatever GPUs there are.")] = 1,
+    rows: Annotated[int, typer.Option(help="Rows of all runs in one batch of answers at most; 0: run by run.")] = 0,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
 ) -> None:
@@ -314,7 +321,7 @@ def evaluate_pack(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     log = log or Path("logs/evaluate_pack") / study / f"{pack}.log"
     with _stage(f"evaluate-pack {pack}", log) as progress:
-        packing.evaluate_pack(_study(study), pack, scratch, progress)
+        packing.evaluate_pack(_study(study), pack, scratch, progress, rows)
 
 
 @app.command()

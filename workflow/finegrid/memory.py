@@ -47,6 +47,13 @@ CPU_PROCESS = 560 * MIB
 # Free pieces of the heap between live ones, as a share of the tensors. Measured with MALLOC_MMAP_THRESHOLD_=262144,
 # where a tensor's memory goes back when the tensor goes; glibc's default keeps it: 1.1 to 2.2 times as much is held.
 CPU_FRAGMENTATION = 0.03
+# Settings of glibc's allocator for a process that trains on the CPU: what is freed stays in the process, else it is
+# fetched from the system again, page by page, in every step. Read before a process starts: the rules set them.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 # A CUDA context with the kernels of torch and cuBLAS's workspace.
 CUDA_CONTEXT = 600 * MIB
 # Share of torch's blocks that lies between tensors, of what comes and goes in a step.

@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid import layout
+from finegrid.files import printing_to
 from finegrid.pack_jobs import NEEDED
 from finegrid.packs import pack_of_name
 from finegrid.staging import Staging, evaluation_identity, training_identity
@@ -27,8 +26,11 @@ from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
 
 if TYPE_CHECKING:
-    from finegrid.evaluation.resident import ResidentBase
+    from finegrid.evaluation.evaluate import Answers
     from finegrid.study import Run, Study
+    from finegrid.training.joint import JointPass
+    from finegrid.training.lockstep import Lane
+    from finegrid.training.resident import ResidentBase
 
 Progress = Callable[[str], None]
 SECONDS_FOR_PLACING = 60.0  # in which a run's own job has moved its files, in truth in a moment
@@ -51,11 +53,13 @@ def needed(study: Study, pack: str, stage: str, scratch: Path) -> list[Run]:
 # ---------------------------------------------------------------- training
 
 
-def train_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None:
+def train_pack(study: Study, pack: str, scratch: Path, say: Progress, together: int = 1) -> None:
     """Train the needed runs of a pack and stage them.
 
     Args:
         scratch: folder of all studies' checkpoints.
+        together: how many runs make their steps together on a GPU; on the CPU one trains after the other, to the bits
+            of a run alone.
 
     Raises:
         UserError: the study has no such pack.
@@ -67,8 +71,9 @@ def train_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None:
         identities = {run.id: training_identity(run) for run in runs}
         left = [run for run in runs if not places[run.id].is_whole(identities[run.id])]
         say(f"{len(left)} of {len(runs)} runs to train: {', '.join(run.id for run in left)}")
-        for run in left:
-            _train(study, run, scratch, places[run.id], identities[run.id], stop, say)
+        if left:
+            on_gpu = device_name(left[0]) != "cpu"
+            _train_together(study, left, scratch, places, identities, together if on_gpu else 1, stop, say)
 
 
 def _lock(runs: list[Run], study: Study, scratch: Path, locks: contextlib.ExitStack, say: Progress) -> None:
@@ -78,15 +83,57 @@ def _lock(runs: list[Run], study: Study, scratch: Path, locks: contextlib.ExitSt
         locks.enter_context(RunLock(scratch / study.name, run.id, lambda line, run=run: say(f"{run.id}: {line}")))
 
 
+def _train_together(
+    study: Study,
+    runs: list[Run],
+    scratch: Path,
+    places: Mapping[str, Staging],
+    identities: Mapping[str, dict[str, Any]],
+    together: int,
+    stop: Stop,
+    say: Progress,
+) -> None:
+    """Train each run in a lane of its own, so many at once; one by one, none has to wait for another's batch."""
+    import finegrid.training.train  # noqa: F401 - sets what must be set before transformers is imported
+    from finegrid.training.joint import JointPass
+    from finegrid.training.lockstep import Lane, run_together
+    from finegrid.training.resident import ResidentBase
+
+    base = ResidentBase()
+    joint = JointPass(lambda trainer: base.base(runs[0].settings, _model(runs[0]), trainer.args.device))
+
+    def work(run: Run) -> Callable[[Lane], None]:
+        company = joint if together > 1 else None
+        return lambda lane: _train(
+            study, run, scratch, places[run.id], identities[run.id], stop, say, base, lane, company
+        )
+
+    for run in runs:
+        places[run.id].begin()
+    run_together([Lane(run.id, work(run), places[run.id].log) for run in runs], together, joint)
+
+
+def _model(run: Run) -> Path:
+    return layout.model_folder(run.settings.model)
+
+
 def _train(
-    study: Study, run: Run, scratch: Path, place: Staging, identity: dict[str, Any], stop: Stop, say: Progress
+    study: Study,
+    run: Run,
+    scratch: Path,
+    place: Staging,
+    identity: dict[str, Any],
+    stop: Stop,
+    say: Progress,
+    base: ResidentBase,
+    lane: Lane,
+    joint: JointPass | None,
 ) -> None:
     from finegrid.provenance import commit
 
     made_at = commit(Path.cwd())
-    place.begin()
     checkpoints = scratch / study.name / run.id
-    with _printing_to(place.log), _staged_failure(place, identity, run, say):
+    with _staged_failure(place, identity, run, say):
         with live_state(checkpoints / "state.json", run.id, place.log, stop=stop) as tell:
             from finegrid.training.train import train
 
@@ -94,7 +141,7 @@ def _train(
             train(
                 run.settings,
                 tokens=layout.tokens_folder(run),
-                model=layout.model_folder(run.settings.model),
+                model=_model(run),
                 output=place.folder / "weights",
                 history=place.folder / "history.csv",
                 summary=place.folder / "summary.json",
@@ -102,20 +149,27 @@ def _train(
                 progress=_both(run, say),
                 tell=tell,
                 stop=stop,
+                load=base.base,
+                company=(lane, joint) if joint else None,
             )
         place.finish(identity, made_at=made_at)
+    if joint is not None:
+        joint.leave(lane)
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None:
+def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: int = 0) -> None:
     """Score the needed runs of a pack and stage predictions and metrics.
+
+    Args:
+        rows: of all runs, in one batch of answers at most; 0 generates the answers run by run.
 
     Raises:
         UserError: the study has no such pack.
     """
-    base = None
+    left: dict[str, tuple[Run, Staging, dict[str, Any], Path]] = {}
     for run in needed(study, pack, "evaluate", scratch):
         place = Staging.of(scratch, study.name, run.id, "evaluate")
         trained = _trained(study, run, scratch, place)
@@ -125,15 +179,38 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress) -> None
         weights, summary = trained
         identity = evaluation_identity(study, run, summary)
         if not place.is_whole(identity):
-            base = base or _resident_base()
-            _evaluate(study, run, scratch, place, identity, weights, say, base)
-
-
-def _resident_base() -> ResidentBase:
+            left[run.id] = (run, place, identity, weights)
+    if not left:
+        return
     import finegrid.evaluation.evaluate  # noqa: F401 - sets what must be set before transformers is imported
-    from finegrid.evaluation.resident import ResidentBase
+    from finegrid.training.resident import ResidentBase
 
-    return ResidentBase()
+    base = ResidentBase()
+    answers = _answers(left, base, rows, say) if rows and len(left) > 1 else {}
+    for run, place, identity, weights in left.values():
+        _evaluate(study, run, scratch, place, identity, weights, say, base, answers.get(run.id))
+
+
+def _answers(
+    left: Mapping[str, tuple[Run, Staging, dict[str, Any], Path]], base: ResidentBase, rows: int, say: Progress
+) -> dict[str, Answers]:
+    """Return the answers that can be made together; none if that fails, for each run then tells what is wrong."""
+    from finegrid.evaluation.together import answers_of_all
+
+    first = next(iter(left.values()))[0]
+    try:
+        return answers_of_all(
+            {name: (run.settings, weights) for name, (run, _, _, weights) in left.items()},
+            layout.tokens_folder(first),
+            layout.clean_folder(first),
+            _model(first),
+            base,
+            rows,
+            say,
+        )
+    except Exception as error:
+        say(f"answers are made run by run: {type(error).__name__}: {error}")
+        return {}
 
 
 def _trained(study: Study, run: Run, scratch: Path, place: Staging) -> tuple[Path, Path] | None:
@@ -169,13 +246,14 @@ def _evaluate(
     weights: Path,
     say: Progress,
     base: ResidentBase,
+    answers: Answers | None,
 ) -> None:
     from finegrid.provenance import commit
 
     made_at = commit(Path.cwd())
     place.begin()
     state = scratch / study.name / run.id / "evaluation.json"
-    with _printing_to(place.log), _staged_failure(place, identity, run, say):
+    with printing_to(place.log), _staged_failure(place, identity, run, say):
         with live_state(state, run.id, place.log) as tell:
             from finegrid.evaluation.evaluate import evaluate
 
@@ -191,18 +269,19 @@ def _evaluate(
                 run.id,
                 tokens=layout.tokens_folder(run),
                 clean=layout.clean_folder(run),
-                model=layout.model_folder(run.settings.model),
+                model=_model(run),
                 adapter=weights,
                 predictions=place.folder / "predictions.jsonl",
                 metrics=place.folder / "metrics.json",
                 progress=progress,
                 load=base.load,
+                answers=answers,
             )
-        place.finish(identity, made_at=made_at, device=evaluation_device(run))
+        place.finish(identity, made_at=made_at, device=device_name(run))
 
 
-def evaluation_device(run: Run) -> str:
-    """Return the name of the device that this process scores a run on."""
+def device_name(run: Run) -> str:
+    """Return the name of the device that this process trains or scores a run on."""
     import torch
 
     uses_gpu = torch.cuda.is_available() and not run.settings.training_args.get("use_cpu", False)
@@ -243,22 +322,3 @@ def _staged_failure(place: Staging, identity: dict[str, Any], run: Run, say: Pro
         if reason == "out of memory":
             raise
         place.fail(identity, error)
-
-
-@contextlib.contextmanager
-def _printing_to(log: Path) -> Iterator[None]:
-    """Send what the process prints, compiled libraries too, to a run's own log while the block runs."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    try:
-        with log.open("a", buffering=1) as file:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, number)
-            os.close(before)

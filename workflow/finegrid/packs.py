@@ -33,8 +33,9 @@ EXPECTED = "'auto', 'off', or the most runs of a pack (2 or more)"
 CLUSTER_RUNS = 8
 CLUSTER_SECONDS = 3600.0
 COMPUTED = ("bf16", "fp16", "tf32", "use_cpu")  # arguments that say in which numbers, and where, is computed
+STARTS = ("gaussian", "orthogonal", "eva")  # of an adapter, that leave the base as it is
 GPU_SHARE = 0.95  # of a card's memory: what several runs at once may fill
-SMALL = 20_000_000  # parameters: below, a CPU is faster with several runs in each step
+ROWS_TOGETHER = 64  # of all runs of a pack in one batch of answers
 
 
 # ---------------------------------------------------------------- the key `pack`
@@ -73,6 +74,9 @@ def why_alone(settings: RunSettings) -> str | None:
     for key in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
         if peft.get(key):
             return f"peft_config.{key} changes the base"
+    start = peft.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in STARTS:
+        return f"peft_config.init_lora_weights: {start} changes the base"
     if str(peft.get("bias", "none")) != "none":
         return "peft_config.bias trains a part of the base"
     if settings.processes > 1:
@@ -191,21 +195,20 @@ def _at_most(most: int | None, runs: int, count: int) -> int:
     return count if most is None else max(count, math.ceil(runs / most))
 
 
-def at_once(memory: Memory | None, parameters: int | None, card: int | None) -> int:
-    """Return how many runs of a pack may be in one step.
+def at_once(memory: Memory | None, card: int | None, quantised: bool = False) -> int:
+    """Return how many runs of a pack make their steps together.
 
-    On a GPU as many as its memory holds beside one base; on the CPU all of a small model's, and one of a large one's,
-    which gains nothing.
+    On a GPU, which a small batch leaves idle between kernels, as many as its memory holds beside one base. On the CPU
+    one: there a step takes what its tokens take (the benchmark of a grid says so for 1 M parameters already), and run
+    after run has the very bits of a run alone.
 
     Args:
         memory: what one of the runs needs; None if that is not known.
-        parameters: of the base.
         card: bytes of the GPU; None is the CPU.
+        quantised: whether each run has a base of its own, see :class:`finegrid.training.resident.ResidentBase`.
     """
-    if memory is None or parameters is None:
+    if memory is None or card is None or quantised:
         return 1
-    if card is None:
-        return CLUSTER_RUNS if parameters <= SMALL else 1
     shared, own = _shares(memory)
     return max(1, int((card * GPU_SHARE - shared) // max(own, 1)))
 

@@ -26,7 +26,7 @@ from finegrid.fingerprint import short_hash
 from finegrid.forecast import START_SECONDS, Throughputs, evaluation_seconds, start_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
-from finegrid.packs import alone, at_once, groups, most_runs, pack_memory
+from finegrid.packs import GPU_SHARE, ROWS_TOGETHER, alone, at_once, groups, most_runs, pack_memory
 from finegrid.preview import data_preview
 from finegrid.shapes import model_config
 from finegrid.yaml_file import read_yaml
@@ -479,24 +479,31 @@ def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
     and ``seconds`` and ``runtime`` in minutes if known: those of all its runs, with one start."""
     needed = [training_needs(context, run) for run in runs]
     facts = [context.facts(run) for run in runs]
-    shape, _ = context.shape(runs[0].settings)
     needs = {"gpus": max(each["gpus"] for each in needed), "mem_mb": max(each["mem_mb"] for each in needed)}
     memories = [Memory(**each["memory"]) for each in facts if each["memory"]]
     largest = max(memories, key=lambda memory: memory.total, default=None)
     card = next((card for card in context.hardware.gpus if card.name == facts[0]["device"]), None)
-    needs["together"] = at_once(largest, shape and shape.parameters, card.memory if card else None)
+    quantised = bool(runs[0].settings.quantization_config)
+    needs["together"] = min(len(runs), at_once(largest, card.memory if card else None, quantised))
     if largest is not None and card is None:
-        together = min(len(runs), needs["together"])
-        needs["mem_mb"] = math.ceil(pack_memory(largest, len(runs), together) * HELD / MEGABYTE)
+        needs["mem_mb"] = math.ceil(pack_memory(largest, len(runs), needs["together"]) * HELD / MEGABYTE)
     return needs | _pack_seconds([each["seconds"] for each in facts], START_SECONDS)
 
 
 def evaluation_pack_needs(context: Context, runs: Sequence[Run], without_gpu: bool = False) -> dict[str, int]:
-    """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`; their base is loaded once."""
+    """Return what the scoring of a pack's runs asks for, as :func:`pack_needs`; their base is loaded once. ``rows`` are
+    those of all runs in one batch of answers at most; 0 where memory has no room for more than one run's."""
     needed = [evaluation_needs(context, run, without_gpu) for run in runs]
-    needs = {key: max(each[key] for each in needed) for key in ("gpus", "mem_mb")}
+    needs = {key: max(each[key] for each in needed) for key in ("gpus", "mem_mb")} | {"rows": 0}
     shape, _ = context.shape(runs[0].settings)
     if shape is not None:
+        card = context.hardware.gpus[0] if needs["gpus"] else None
+        batch = max(run.settings.evaluation.batch_size for run in runs)
+        rows = max(batch, min(ROWS_TOGETHER, batch * len(runs)))
+        memory = _answering(context, runs[0], shape, rows, card)
+        if card is None or memory.total <= card.memory * GPU_SHARE:
+            needs["rows"] = rows
+            needs["mem_mb"] = max(needs["mem_mb"], _host_mb(memory, shape, runs[0].settings, card))
         adapters = [context.facts(run)["memory"]["adapters"] for run in runs]
         needs["mem_mb"] += math.ceil(sum(adapters) * HELD / MEGABYTE)
     return needs | _pack_seconds([each.get("seconds") for each in needed], start_seconds(runs[0].settings, shape))
@@ -549,20 +556,29 @@ def _evaluation_needs(context: Context, run: Run, card: Gpu | None) -> dict[str,
     needs = {"gpus": 1 if card else 0, "mem_mb": 8000}
     if shape is None:
         return needs
-    memory = evaluation_memory(
-        settings,
-        shape,
-        rows=settings.evaluation.batch_size,
-        prompt=context._lengths(run)[0],
-        new_tokens=settings.generation_config.get("max_new_tokens") or settings.max_output_length,
-        device="cuda" if card else "cpu",
-    )
-    host = evaluation_host(shape, settings) if card else memory.total
-    needs["mem_mb"] = math.ceil(host * (MARGIN if card else HELD) / MEGABYTE)
+    memory = _answering(context, run, shape, settings.evaluation.batch_size, card)
+    needs["mem_mb"] = _host_mb(memory, shape, settings, card)
     seconds = _evaluation_seconds(context, run, shape, card)
     if seconds is not None:
         needs |= {"seconds": round(seconds), "runtime": math.ceil((seconds * 1.5 + 600) / 60)}
     return needs
+
+
+def _answering(context: Context, run: Run, shape: Shape, rows: int, card: Gpu | None) -> Memory:
+    settings = run.settings
+    return evaluation_memory(
+        settings,
+        shape,
+        rows=rows,
+        prompt=context._lengths(run)[0],
+        new_tokens=settings.generation_config.get("max_new_tokens") or settings.max_output_length,
+        device="cuda" if card else "cpu",
+    )
+
+
+def _host_mb(memory: Memory, shape: Shape, settings: RunSettings, card: Gpu | None) -> int:
+    host = evaluation_host(shape, settings) if card else memory.total
+    return math.ceil(host * (MARGIN if card else HELD) / MEGABYTE)
 
 
 def _evaluation_seconds(context: Context, run: Run, shape: Shape, card: Gpu | None) -> float | None:

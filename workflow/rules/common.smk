@@ -413,6 +413,11 @@ def pack_training_minutes(wildcards, attempt):
     return needs.get("runtime", 1440) * attempt
 
 
+def pack_together(wildcards):
+    """How many runs of a pack make their steps together."""
+    return training_of_pack(wildcards.study, wildcards.pack)["together"]
+
+
 def pack_training_gpus(wildcards):
     return training_of_pack(wildcards.study, wildcards.pack)["gpus"]
 
@@ -426,6 +431,11 @@ def pack_evaluation_memory(wildcards, attempt):
 def pack_evaluation_minutes(wildcards, attempt):
     needs = evaluation_of_pack(wildcards.study, wildcards.pack)
     return needs.get("runtime", 1440) * attempt
+
+
+def pack_answers(wildcards):
+    """Rows of all runs of a pack in one batch of answers."""
+    return evaluation_of_pack(wildcards.study, wildcards.pack)["rows"]
 
 
 def pack_evaluation_gpus(wildcards):

@@ -47,10 +47,12 @@ rule train_pack:
         mem_mb=pack_training_memory,
         gpu=pack_training_gpus,
         runtime=pack_training_minutes,
+    params:
+        together=pack_together,
     message:
         "Train pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "finegrid train-pack {wildcards.study} {wildcards.pack} --log {log}"
+        "finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together} --log {log}"
 
 
 rule train_adapter:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ from finegrid.training.history import peak_memory_mb
 from finegrid.training.model import load_trained
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from finegrid.settings import RunSettings
 
 SPLITS = ("test", "validation")
@@ -55,6 +58,7 @@ def evaluate(
     metrics: Path,
     progress: Callable[[str], None] = lambda line: None,
     load: Callable[..., Any] = load_trained,
+    answers: Answers | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on test and validation; write and return its metrics, write its predictions.
 
@@ -70,8 +74,10 @@ def evaluate(
         adapter: folder of the adapter, or of the whole model for full fine-tuning; None evaluates the base.
         predictions: JSONL to write.
         metrics: JSON to write.
-        load: gives the model, as ``load_trained`` does; with :class:`finegrid.evaluation.resident.ResidentBase`
+        load: gives the model, as ``load_trained`` does; with :class:`finegrid.training.resident.ResidentBase`
             several runs of a process share their base.
+        answers: those of the split to evaluate, where they were generated together with other runs' ones; None
+            generates them here.
 
     Raises:
         UserError: the split to evaluate is empty, tokens and clean rows do not belong together, a loss is not
@@ -79,24 +85,30 @@ def evaluate(
     """
     transformers.utils.logging.disable_progress_bar()
     clock = Clock()
-    rows = {split: _rows(tokens, clean, split) for split in SPLITS}
+    rows = {split: read_rows(tokens, clean, split) for split in SPLITS}
     if not rows[settings.evaluation.split]:
         raise UserError(
             f"evaluation.split: '{settings.evaluation.split}' has no rows in {tokens.name}; expected some: name a file "
             "or size for it in data_config, or evaluate the other split"
         )
     with clock.measure("load"):
-        device = _device(settings)
+        device = device_of(settings)
         trained = load(settings, model, adapter, device)
     with clock.measure("likelihood"):
         for split in SPLITS:
-            _add_likelihood(trained, rows[split], settings.evaluation.batch_size, _paced(progress, split, rows[split]))
+            _add_likelihood(trained, rows[split], settings.evaluation.batch_size, paced(progress, split, rows[split]))
     _check_finite(run, rows)
     scored, new_tokens = {}, 0
     if settings.evaluation.generate:
         split = settings.evaluation.split
-        with clock.measure("generation"):
-            new_tokens = _add_answers(settings, trained, model, rows[split], _paced(progress, split, rows[split]))
+        if answers is None:
+            with clock.measure("generation"):
+                answers = _answers(settings, trained, model, rows[split], paced(progress, split, rows[split]))
+        else:
+            clock.spent["generation"] = answers.seconds
+        new_tokens = answers.new_tokens
+        for row, text in zip(rows[split], answers.texts, strict=True):
+            row["prediction"] = text
         with clock.measure("scoring"):
             scored[split] = _add_scores(rows[split], settings.evaluation.language)
     report = {
@@ -115,10 +127,19 @@ def evaluate(
     return report
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one run to all prompts of a split, the tokens generated for them, and the seconds that took."""
+
+    texts: list[str]
+    new_tokens: int
+    seconds: float
+
+
 # ---------------------------------------------------------------- rows
 
 
-def _rows(tokens: Path, clean: Path, split: str) -> list[Row]:
+def read_rows(tokens: Path, clean: Path, split: str) -> list[Row]:
     """Return the token rows of a split with the `prompt` and `reference` texts of their clean rows."""
     rows_file, texts_file = tokens / f"{split}.arrow", clean / f"{split}.jsonl"
     try:
@@ -188,28 +209,31 @@ def _add_likelihood(model, rows: list[Row], batch_size: int, progress: Callable[
         row |= {"nll": value, "label_tokens": label_tokens(row)}
 
 
-def _add_answers(
+def _answers(
     settings: RunSettings, model, folder: Path, rows: list[Row], progress: Callable[[int, str], None]
-) -> int:
-    """Add `prediction` to the rows; return the number of generated tokens."""
+) -> Answers:
+    tokenizer, prompts, config = questions(settings, folder, rows)
+    texts, new_tokens = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        config,
+        settings.evaluation.batch_size,
+        seed=settings.training_args.get("seed") or 0,
+        progress=lambda done: progress(done, "answers generated"),
+    )
+    return Answers(texts, new_tokens, 0.0)
+
+
+def questions(settings: RunSettings, folder: Path, rows: list[Row]) -> tuple[Any, list[list[int]], GenerationConfig]:
+    """Return tokenizer, prompts and generation settings of a run."""
     template = load_template(folder, settings.model.chat_template, settings.model.trust_remote_code)
     # A model stops at the tokens it was told to stop at and at the one that its own answers were taught to end with.
     end_ids = {*template.end_ids, template.describe()["end_token_ids"][-1]}
     config = generation_config(
         settings.generation_config, settings.max_output_length, end_ids, template.tokenizer.pad_token_id
     )
-    answers, new_tokens = generate_answers(
-        model,
-        template.tokenizer,
-        [row["input_ids"][: row["prompt_length"]] for row in rows],
-        config,
-        settings.evaluation.batch_size,
-        seed=settings.training_args.get("seed") or 0,
-        progress=lambda done: progress(done, "answers generated"),
-    )
-    for row, answer in zip(rows, answers, strict=True):
-        row["prediction"] = answer
-    return new_tokens
+    return template.tokenizer, [row["input_ids"][: row["prompt_length"]] for row in rows], config
 
 
 def _add_scores(rows: list[Row], language: str) -> SplitScores:
@@ -256,7 +280,7 @@ def _generation_facts(new_tokens: int, clock: Clock) -> dict[str, float]:
 # ---------------------------------------------------------------- device, time and progress
 
 
-def _device(settings: RunSettings) -> torch.device:
+def device_of(settings: RunSettings) -> torch.device:
     use_gpu = torch.cuda.is_available() and not settings.training_args.get("use_cpu", False)
     return torch.device("cuda" if use_gpu else "cpu")
 
@@ -281,7 +305,7 @@ class Clock:
         return {name: round(value, 3) for name, value in {**self.spent, "total": total}.items()}
 
 
-def _paced(progress: Callable[[str], None], split: str, rows: list[Row]) -> Callable[[int, str], None]:
+def paced(progress: Callable[[str], None], split: str, rows: list[Row]) -> Callable[[int, str], None]:
     """Return a function that says how far a split is: at its end, and at most every few seconds before."""
     last = time.monotonic()
 

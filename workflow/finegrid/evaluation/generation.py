@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from finegrid.evaluation.decoding import Keep
+    from finegrid.training.adapters import ManyAdapters
+
 
 def generation_config(
     options: dict[str, Any], max_output_length: int, end_ids: Iterable[int], pad_id: int | None
@@ -89,6 +92,55 @@ def generate_answers(
     return answers, new_tokens
 
 
+def generate_answers_of_all(
+    adapters: ManyAdapters,
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    rows: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, tuple[list[str], int]]:
+    """Return for each adapter what :func:`generate_answers` gives, made in batches of all adapters' rows.
+
+    Args:
+        names: of the adapters; each answers all prompts.
+        config: greedy, see :func:`finegrid.evaluation.decoding.can_decode`.
+        rows: of a batch at most.
+        progress: called after each batch with the number of answers done, those of all adapters.
+    """
+    answers, new_tokens, done = {name: [""] * len(prompts) for name in names}, dict.fromkeys(names, 0), 0
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    pairs = [(name, index) for index in longest_first for name in names]
+    with _only_these_settings(adapters.base, config):
+        for start in range(0, len(pairs), rows):
+            batch = sorted(pairs[start : start + rows], key=lambda pair: names.index(pair[0]))
+            for (name, index), ids in zip(batch, _together(adapters, batch, tokenizer, prompts, config), strict=True):
+                new_tokens[name] += len(ids)
+                answers[name][index] = tokenizer.decode(_without_end(ids, config), skip_special_tokens=True).strip()
+            done += len(batch)
+            progress(done)
+    return {name: (answers[name], new_tokens[name]) for name in names}
+
+
+def _together(
+    adapters: ManyAdapters, batch: list[tuple[str, int]], tokenizer, prompts, config: GenerationConfig
+) -> list[list[int]]:
+    """Generate for (adapter, prompt) pairs that are sorted by adapter."""
+    owners = [name for name, _ in batch]
+
+    def belong_to(owners: list[str]) -> tuple[list[str], list[int]]:
+        names = list(dict.fromkeys(owners))
+        return names, [owners.count(name) for name in names]
+
+    def keep(rows: torch.Tensor) -> None:
+        owners[:] = [owners[row] for row in rows.tolist()]
+        adapters.now(*belong_to(owners))
+
+    with adapters.parts(*belong_to(owners), dim=0):
+        return _generate(adapters.base, tokenizer, [prompts[index] for _, index in batch], config, keep)
+
+
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int, same_length: bool) -> Iterator[list[int]]:
     """Yield the prompts' indices, longest first."""
     batch: list[int] = []
@@ -109,15 +161,35 @@ def _padding_moves_prompts(model: PreTrainedModel | PeftModel) -> bool:
 
 
 @torch.no_grad()
-def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model, tokenizer, prompts: Sequence[Sequence[int]], config: GenerationConfig, keep: Keep = lambda rows: None
+) -> list[list[int]]:
     """Return the new ids of each prompt of one batch, the end token included and padding left out."""
+    from finegrid.evaluation.decoding import can_decode
+
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     stops = {"tokenizer": tokenizer} if config.stop_strings else {}
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **stops)
+    loop = {"custom_generate": _loop(keep)} if can_decode(config) and not _has_virtual_tokens(model) else {}
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **stops, **loop)
     return [_until_end(row, config) for row in output[:, width:].tolist()]
+
+
+def _loop(keep: Keep) -> Callable:
+    from finegrid.evaluation.decoding import decode
+
+    def loop(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **arguments
+    ) -> torch.Tensor:
+        return decode(model, input_ids, logits_processor, stopping_criteria, generation_config, keep, **arguments)
+
+    return loop
+
+
+def _has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def _until_end(ids: list[int], config: GenerationConfig) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from finegrid.training.collation import IGNORED, Collator
+from finegrid.training.flat import make_flat
 from finegrid.training.loss import find_head, label_logits
 
 if TYPE_CHECKING:
@@ -42,7 +43,16 @@ def label_nll(
         progress: called after each batch with the number of rows done.
     """
     head, _ = find_head(model)
-    collate = Collator()
+    own = model.config._attn_implementation
+    collate = Collator(flat=make_flat(model, lambda batch: label_logits(model, head, batch)[0]) is None)
+    try:
+        return _nll(model, head, collate, rows, batch_size, progress)
+    finally:
+        if collate.flat:
+            model.set_attn_implementation(own)  # generation has batches of its own kind
+
+
+def _nll(model, head, collate: Collator, rows, batch_size: int, progress: Callable[[int], None]) -> list[float]:
     found = [0.0] * len(rows)
     done = 0
     for indices in _batches(rows, batch_size):
@@ -51,13 +61,19 @@ def label_nll(
             batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             logits, _ = label_logits(model, head, batch)
             losses = functional.cross_entropy(logits, batch["targets"], reduction="none").double()
-            row = batch["positions"] // batch["input_ids"].shape[1]
+            row = _row_of_each_label(batch)
             sums = torch.zeros(len(indices), dtype=torch.float64, device=losses.device).index_add_(0, row, losses)
             for index, nll in zip(indices, sums.tolist(), strict=True):
                 found[index] = nll
         done += len(indices)
         progress(done)
     return found
+
+
+def _row_of_each_label(batch: dict[str, Any]) -> torch.Tensor:
+    if "starts" in batch:
+        return torch.bucketize(batch["positions"], batch["starts"].long(), right=True) - 1
+    return batch["positions"] // batch["input_ids"].shape[1]
 
 
 def label_tokens(row: dict[str, Any]) -> int:

@@ -18,7 +18,9 @@ from finegrid.training.flat import layout_of
 
 
 def label_logits(model: nn.Module, head: nn.Module | None, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Return float32 logits of shape (N, V), one row for each of the batch's ``targets``, and the model's output.
+    """Return logits of shape (N, V), one row for each of the batch's ``targets``, and the model's output.
+
+    Logits are float32, or float64 of a model in float64.
 
     Args:
         head: the module that makes logits of hidden states; None computes all logits and then picks.
@@ -40,7 +42,7 @@ def label_logits(model: nn.Module, head: nn.Module | None, batch: dict[str, Any]
     logits = outputs["logits"]
     if logits.dim() == 3:
         logits = logits[:, -columns:].flatten(0, 1).index_select(0, positions)
-    return logits.float(), outputs
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), outputs
 
 
 def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

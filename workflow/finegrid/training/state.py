@@ -85,7 +85,7 @@ def live_state(
         return
     keeper = _Keeper(path, run, log, is_launcher)
     with contextlib.nullcontext(stop) if stop is not None else Stop() as listening:
-        listening.last_words = keeper.ended_by
+        listening.last_words.append(keeper.ended_by)
         keeper.start()
         try:
             yield keeper.tell
@@ -96,7 +96,7 @@ def live_state(
             keeper.end(reason_of(error))
             raise
         finally:
-            listening.last_words = lambda number: None
+            listening.last_words.remove(keeper.ended_by)
         keeper.end(None)
 
 

@@ -40,15 +40,15 @@ class Stop:
     Attributes:
         asked: the first signal that came, or None.
         pass_on: for a process whose children do the work: gets each signal in place of all else.
-        last_words: called before the process ends at once.
+        last_words: each is called before the process ends at once.
     """
 
     def __init__(self):
         self.asked: signal.Signals | None = None
         self.pass_on: Callable[[signal.Signals], None] | None = None
-        self.last_words: Callable[[signal.Signals], None] = lambda number: None
+        self.last_words: list[Callable[[signal.Signals], None]] = []
         self._came: dict[int, float] = {}
-        self._waits = False
+        self._waits = 0  # how many, for a process may train several runs
         self._before: dict[int, object] = {}
         self._pid = os.getpid()
         self._hurry: threading.Timer | None = None
@@ -73,11 +73,11 @@ class Stop:
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
         """While the block runs, a request is noted in ``asked``: the block looks there and raises Stopped."""
-        self._waits = True
+        self._waits += 1
         try:
             yield
         finally:
-            self._waits = False
+            self._waits -= 1
 
     def no_hurry(self) -> None:
         """Let the process take its time from here on: the step has ended and its checkpoint is being written."""
@@ -97,7 +97,7 @@ class Stop:
         elif number == signal.SIGINT and not self._waits:
             signal.default_int_handler(number, frame)
         elif not self._waits or (again and number not in WITHOUT_HURRY):
-            self.last_words(number)
+            self._say_last_words(number)
             end_by(number)
         else:
             self.asked = self.asked or number
@@ -106,13 +106,17 @@ class Stop:
                 self._hurry.daemon = True
                 self._hurry.start()
 
+    def _say_last_words(self, number: signal.Signals) -> None:
+        for say in self.last_words:
+            say(number)
+
     def _give_up(self, number: signal.Signals) -> None:
         print(
             f"asked to end by {number.name}: no step ended within {grace_seconds():.0f} s, so no checkpoint was saved",
             file=sys.stderr,
             flush=True,
         )
-        self.last_words(number)
+        self._say_last_words(number)
         os._exit(128 + number)  # only the main thread could set the signal's own action
 
 

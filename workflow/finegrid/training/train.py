@@ -41,13 +41,17 @@ from transformers.utils import is_torch_bf16_gpu_available
 from finegrid.errors import UserError
 from finegrid.files import write_json
 from finegrid.training.history import HistoryFile, history_rows, write_history
+from finegrid.training.joint import JointPass, keep_company
 from finegrid.training.model import attach_adapter, load_base
 from finegrid.training.progress import EarlyStopping, FactsTold, Flow, ProgressLines
 from finegrid.training.stopping import Stop, Stopped
 from finegrid.training.trainer import EvaluationLeft, LabelTokenTrainer, is_complete
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from finegrid.settings import RunSettings
+    from finegrid.training.lockstep import Lane
 
 Progress = Callable[[str], None]
 # Ours, whatever the recipe says: where files go, what the trainer may drop, and that no NaN is filtered from sight.
@@ -70,6 +74,8 @@ def train(
     progress: Progress = lambda line: None,
     tell: Callable[..., None] = lambda **facts: None,
     stop: Stop | None = None,
+    load: Callable[..., PreTrainedModel] = load_base,
+    company: tuple[Lane, JointPass] | None = None,
 ) -> dict[str, Any]:
     """Train one run, see the module, and return its summary.
 
@@ -84,6 +90,8 @@ def train(
         progress: gets a short line every ten seconds or so.
         tell: gets facts of the run as it goes, as :class:`finegrid.training.progress.FactsTold` names them.
         stop: who knows whether the process was asked to end; then it saves a checkpoint at the end of the step.
+        load: gives the base model, as ``load_base`` does; in a pack the runs share its weights.
+        company: the run's lane and who makes its steps together with other runs' ones, where it can be.
 
     Raises:
         UserError: settings that the libraries refuse, no rows to train on, a loss or gradient that is no number.
@@ -123,7 +131,7 @@ def train(
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # transformers doesn't on the CPU, and ZeRO 3 divides the weights as they load
     set_seed(args.seed)
-    base = load_base(settings, model, args.device)
+    base = load(settings, model, args.device)
     notes += getattr(base, "loading_notes", [])
     use_cache = base.config.use_cache
     trainer = _trainer(settings, attach_adapter(settings, base), args, rows, validation, checkpoints, progress)
@@ -133,6 +141,8 @@ def train(
     else:
         progress(f"going on from step {_step(checkpoint)}")
     trainer.stop = stop or trainer.stop
+    if company is not None:
+        notes += keep_company(trainer, *company)
     try:
         with trainer.stop.waits():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -10,6 +10,7 @@ Schedulers, optimisers, checkpoints, trackers and launchers are the Trainer's ow
   tokens, seconds and peak memory.
 - The validation loss is the sum of all losses over all label tokens, never a mean of batch means.
 - A step whose loss or gradient is NaN or infinite stops the run.
+- With a lane (:mod:`finegrid.training.lockstep`), forward and backward are made together with other runs' ones.
 - Asked to end (:mod:`finegrid.training.stopping`), the processes agree on a step, save a checkpoint at its end and
   leave. An evaluation doesn't hold them up: one that is due there, or is going on, is made when the run goes on.
 """
@@ -24,7 +25,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -40,6 +41,9 @@ from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import find_head, label_logits, sum_of_losses
 from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore_signals
+
+if TYPE_CHECKING:
+    from finegrid.training.lockstep import Lane
 
 COUNTERS_FILE = "finegrid_counters.json"
 
@@ -92,6 +96,7 @@ class LabelTokenTrainer(Trainer):
         last_loss: mean over the label tokens of the last optimiser step; None before the first.
         notes: sentences for the run's summary.
         stop: who knows whether this process was asked to end.
+        lane: who makes forward and backward passes together with other runs' ones; None makes them here.
 
     Raises:
         UserError: from ``train`` and ``evaluate``, when a loss or a gradient is no finite number.
@@ -123,6 +128,7 @@ class LabelTokenTrainer(Trainer):
         self.counters = Counters()
         self.notes: list[str] = []
         self.stop = Stop()
+        self.lane: Lane | None = None
         self._stops = False  # as the processes agreed in the step
         self._step_closed = 0
         self._saved_step: int | None = None
@@ -201,11 +207,25 @@ class LabelTokenTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one micro-batch; remembers what belongs to the window."""
         if self._clock is None:
-            self._clock = time.monotonic()
+            self._clock = self._now()
         self._batches.append(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._step_with_others(model, inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         return loss
+
+    def _step_with_others(self, model, inputs, num_items_in_batch) -> torch.Tensor | None:
+        """Hand the micro-batch in for a pass with other runs; None if there is none and it is to be made here."""
+        if self.lane is None:
+            return None
+        model.train()
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+        return self.lane.hand_in((self._prepare_inputs(inputs), num_items_in_batch))
+
+    def _now(self) -> float:
+        return time.monotonic() if self.lane is None else self.lane.now()
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the gradient's norm; the Trainer asks for it when a window is whole and no weight has changed yet."""
@@ -248,13 +268,13 @@ class LabelTokenTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return and log ``eval_loss``: the sum of the losses of the validation rows over their label tokens."""
         self._stop_clock()
-        start = time.monotonic()
+        start = self._now()
         loss = self.validation_loss(eval_dataset or self.eval_dataset)
         check_evaluation(self.state.global_step, loss)
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": time.monotonic() - start}
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": self._now() - start}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._clock = time.monotonic()
+        self._clock = self._now()
         return metrics
 
     @torch.no_grad()
@@ -350,7 +370,7 @@ class LabelTokenTrainer(Trainer):
             self.counters.write(folder)
         super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
-        self._clock = time.monotonic()
+        self._clock = self._now()
 
     def _save_state(self, folder: Path) -> None:
         """Write what an evaluation has changed into a checkpoint that was written before it."""
@@ -436,7 +456,7 @@ class LabelTokenTrainer(Trainer):
 
     def _stop_clock(self, go_on: bool = False) -> None:
         """Add the time since the clock was started; evaluations and checkpoints are no training time."""
-        now = time.monotonic()
+        now = self._now()
         if self._clock is not None:
             self.counters.seconds += now - self._clock
         self._clock = now if go_on and self._clock is not None else None

@@ -1,8 +1,8 @@
-"""A base model that stays in memory while run after run is scored on it.
+"""A base model that stays in memory while run after run is trained or scored on it.
 
-Used where one process evaluates several runs (:mod:`finegrid.packing`); reads model and adapter folders, writes
-nothing. Every run gets modules of its own, a copy of the base's that shares its weights, so that no run's adapter
-leaves a trace in the next one's model.
+Used where one process has several runs (:mod:`finegrid.packing`); reads model and adapter folders, writes nothing.
+Every run gets modules of its own, a copy of the base's that shares its weights, so that no run's adapter leaves a trace
+in the next one's model.
 """
 
 from __future__ import annotations
@@ -39,17 +39,22 @@ class ResidentBase:
         self, settings: RunSettings, folder: Path, adapter: Path | None, device: torch.device | str
     ) -> PreTrainedModel | PeftModel:
         """Return what a run trained, ready for evaluation (``eval()``, no gradients); see ``load_trained``."""
-        whole = adapter is not None and settings.peft_config is None
-        if whole or (settings.quantization_config and torch.device(device).type != "cpu"):
+        if adapter is not None and settings.peft_config is None:
             return load_trained(settings, folder, adapter, device)
-        model = _with_shared_weights(self._base(settings, folder, device))
+        model = self.base(settings, folder, device)
         if adapter is not None:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
         return model.eval().requires_grad_(False)
 
-    def _base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
+    def base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
+        """Return a base model with modules of its own, as ``load_base`` does."""
+        if settings.quantization_config and torch.device(device).type != "cpu":
+            return load_base(settings, folder, device)
+        return _with_shared_weights(self._loaded(settings, folder, device))
+
+    def _loaded(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
         quantised = json.dumps(settings.quantization_config, sort_keys=True, default=str)
         key = (str(folder), str(device), settings.model.model_dump_json(), quantised)
         if key != self._key:

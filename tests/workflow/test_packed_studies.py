@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE, Checkout, copy_project, raw_rows
+from finegrid import packing
 from finegrid.packs import packs_here
 from finegrid.staging import Staging, training_identity
 from finegrid.study import load_study
+from finegrid.training.stopping import Stop
 from finegrid.watch import Watcher
 
 pytestmark = pytest.mark.slow
@@ -169,6 +171,30 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_runs_that_train_together_are_staged_as_runs_one_after_the_other(copy, monkeypatch):
+    monkeypatch.chdir(copy.folder)
+    study = load_study(Path("config/studies/tiny.yaml"), copy.folder)
+    runs, scratch = study.runs[1:3], Path("scratch")  # one that learns and one that can only fail
+    places = {run.id: Staging.of(scratch, "tiny", run.id, "train") for run in runs}
+    identities = {run.id: training_identity(run) for run in runs}
+    said: list[str] = []
+    with Stop() as stop:
+        packing._train_together(study, runs, scratch, places, identities, 2, stop, said.append)
+    calm, wild = (run.id for run in runs)
+    assert places[calm].is_whole(identities[calm])
+    assert "failed" in places[wild].done(identities[wild])
+    summary = json.loads((places[calm].folder / "summary.json").read_text())
+    assert any("together with other runs" in note for note in summary["notes"])
+    before = copy.summary(calm)
+    assert summary["final_eval_loss"] == pytest.approx(before["final_eval_loss"], abs=1e-5)
+    for key in ("steps", "label_tokens", "trainable_parameters", "effective_batch_size"):
+        assert summary[key] == before[key]
+    log = places[calm].log.read_text()
+    assert "step 4/4" in log
+    assert wild not in log
+    assert any(line.startswith(f"{wild}: failed") for line in said)
 
 
 def test_nothing_stale_is_placed(copy, monkeypatch):
