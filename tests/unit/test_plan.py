@@ -386,6 +386,30 @@ def test_plan_says_who_is_packed_what_that_saves_and_who_is_not(project, capsys)
     assert make_plan(the_study, folder)["packs"]["groups"] == []
 
 
+@pytest.mark.parametrize(
+    ("in_arms", "column", "told"),
+    [
+        ([], False, ["searched in each arm: learning_rate 0.0001, 0.0003"]),
+        ([{"arms": {"method": "full"}, "levels": [1e-5, 3e-5]}], True, []),
+    ],
+)
+def test_what_every_arm_searches_is_told_once_and_else_beside_each_arm(project, capsys, in_arms, column, told):
+    folder, study = project
+    rate = {"key": "training_args.learning_rate", "levels": [1e-4, 3e-4], "in_arms": in_arms}
+    factors = {"method": {"full": {"peft_config": None}, "lora": {"peft_config": {"r": 8}}}}
+    print_plan(make_plan(study(factors=factors, tune={"learning_rate": rate}, seeds=[0]), folder))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(text.startswith("arm searched") for text in lines) is column
+    assert [text for text in lines if text.startswith("searched in each arm")] == told
+    assert any(text.startswith("full 1e-5, 3e-5 2 ") for text in lines) is column
+
+
+def test_printed_plan_counts_one_of_a_kind_in_the_singular(project, capsys):
+    folder, study = project
+    print_plan(make_plan(study({"peft_config": {"r": 8}}, factors={}, seeds=[0]), folder))
+    assert "1 run to train, 1 untrained base model to score" in capsys.readouterr().out
+
+
 def test_printed_plan_fits_100_columns_and_leaves_the_rest_to_the_file(project, capsys):
     folder, study = project
     ranks = {"key": "peft_config.r", "levels": list(range(1, 61))}

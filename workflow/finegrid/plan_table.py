@@ -13,6 +13,7 @@ from finegrid.plan import finding_line
 
 WIDTH = 100
 SHOWN = 40  # rows of a table; the rest are in plan.tsv
+SEARCHED = 6  # levels that are named
 MEMORY = {
     "weights": "weights", "adapters": "adapter", "gradients": "grads", "optimiser": "optim", "activations": "activ",
     "logits": "logits", "quantisation": "quant", "runtime": "runtime", "total": "total", "host": "on host",
@@ -29,8 +30,12 @@ def print_plan(plan: Mapping) -> None:
     console = Console()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     console.print(f"[bold]{escape(plan['study'])}[/]: {escape(plan['title'])}\n", highlight=False)
-    console.print(_arms_table(plan))
+    rows = _groups(plan["runs"])
+    shared = _searched_by_all(plan, rows)
+    console.print(_arms_table(rows, bool(plan["tune"]) and not shared))
     console.print(ARMS_NOTE, style="dim", highlight=False)
+    if shared:
+        console.print(escape(f"searched in each arm: {shared}"), style="dim", highlight=False)
     if any(run.get("memory") for run in plan["runs"]):
         console.print()
         console.print(_memory_table(plan))
@@ -48,23 +53,21 @@ def print_plan(plan: Mapping) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def _arms_table(plan: Mapping) -> Table:
+def _arms_table(rows: list[tuple], searched: bool) -> Table:
     table = _table()
-    tuned = bool(plan["tune"])
     table.add_column("arm", overflow="fold", min_width=14)
-    if tuned:
+    if searched:
         table.add_column("searched", overflow="fold", min_width=10)
     for name in ("runs", "effective batch", "steps", "epochs", "label tokens", "memory", "a run"):
         table.add_column(name, justify="right", min_width=6)
-    rows = _groups(plan["runs"])
-    for arm, *cells in rows[:SHOWN]:
-        table.add_row(escape(arm), *(cells if tuned else cells[1:]))
+    for arm, levels, *cells in rows[:SHOWN]:
+        table.add_row(escape(arm), *([_few(levels, SEARCHED)] if searched else []), *cells)
     _more(table, len(rows) - SHOWN)
     return table
 
 
-def _groups(runs: Iterable[Mapping]) -> list[tuple[str, ...]]:
-    """Return one row for the runs of an arm that differ in seed and searched levels alone."""
+def _groups(runs: Iterable[Mapping]) -> list[tuple]:
+    """Return a row for the runs of an arm that differ in seed and searched levels alone: arm, those levels, cells."""
     groups: dict[tuple, list[str]] = {}
     for run in runs:
         row = (run["arm"], *_numbers(run)) if run["train"] else ("untrained base", *[""] * 6)
@@ -72,11 +75,17 @@ def _groups(runs: Iterable[Mapping]) -> list[tuple[str, ...]]:
             list(run["tuned"].values()) if len(run["tuned"]) == 1 else [f"{k} {v}" for k, v in run["tuned"].items()]
         )
         groups.setdefault(row, []).append(" ".join(levels))
-    return [(arm, _listed(tuned), str(len(tuned)), *rest) for (arm, *rest), tuned in groups.items()]
+    return [(arm, list(dict.fromkeys(tuned)), str(len(tuned)), *rest) for (arm, *rest), tuned in groups.items()]
 
 
-def _listed(levels: list[str], most: int = 6) -> str:
-    return _few(list(dict.fromkeys(levels)), most)
+def _searched_by_all(plan: Mapping, rows: list[tuple]) -> str:
+    """Return what is searched, where it is the same in every row, so that no column need repeat it; else nothing."""
+    searched = {tuple(levels) for _, levels, *_ in rows if any(levels)}
+    if len(searched) != 1:
+        return ""
+    (levels,) = searched
+    factor = f"{next(iter(plan['tune']))} " if len(plan["tune"]) == 1 else ""
+    return factor + _few(list(levels), SEARCHED)
 
 
 def _numbers(run: Mapping) -> tuple[str, ...]:
@@ -130,6 +139,10 @@ def _more(table: Table, count: int) -> None:
         table.add_row(f"… {count:,} more rows", *([""] * (len(table.columns) - 2)), "plan.tsv")
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -140,7 +153,7 @@ def _few(names: list[str], most: int = 3) -> str:
 def _summary(plan: Mapping) -> list[str]:
     total = plan["totals"]
     trained = [run for run in plan["runs"] if run["train"]]
-    lines = [f"{total['runs']:,} runs to train, {total['base_runs']:,} untrained base models to score"]
+    lines = [f"{_many(total['runs'], 'run')} to train, {_many(total['base_runs'], 'untrained base model')} to score"]
     cards = _few(list(dict.fromkeys(run["device"] for run in trained)))
     hardware = plan["hardware"]
     if total["seconds"] is not None:
