@@ -78,6 +78,24 @@ compare: {baseline: {method: full}}
         "compare.baseline: {method: full} is no arm of this study: exclude[0] leaves it out; expected the "
         "levels of exactly one of lora, dora (line 10)",
     ),
+    "a start that is excluded": (
+        """
+design: one-at-a-time
+factors:
+  rank: {key: peft_config.r, levels: [8, 64]}
+  decay: {key: training_args.weight_decay, levels: [0.01, 0.1]}
+exclude: [{rank: 8, decay: 0.01}]
+""",
+        "exclude[0]: leaves out {rank: 8, decay: 0.01}, the first level of each factor, which 'design: "
+        "one-at-a-time' starts from; take the entry out, or name another start with compare.baseline (line 12)",
+    ),
+    "a level given twice": (
+        """
+factors:
+  rank: {key: peft_config.r, levels: [8, 64, 8]}
+""",
+        "factors.rank.levels: '8' is given twice; expected different values (line 9)",
+    ),
     "a rank for full fine-tuning": (
         """
 factors:

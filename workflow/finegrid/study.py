@@ -424,7 +424,9 @@ def _levels_of_key(
 ) -> list[Level] | None:
     """Return the levels of one setting, given as a list of values or by name; None with a problem at `key`."""
     if isinstance(given, list) and given:
-        given = {level_name(item): item for item in given} if _distinct(given, key, findings) else {}
+        if not _distinct(given, key, findings):
+            return None
+        given = {level_name(item): item for item in given}
     if not isinstance(given, Mapping) or not given:
         if given is None:
             findings.problem(key, "is missing; expected a list of values")
@@ -533,6 +535,8 @@ def _combinations(file: Mapping[str, Any], factors: tuple[Factor, ...], findings
             chosen.append({factor.name: levels[factor.name] for factor in factors if factor.name in levels})
     if not chosen and not findings.problems:
         findings.problem("exclude", "leaves no arm; a study needs at least one")
+    if start and chosen and start not in chosen:
+        _tell_excluded_start(file, start, factors, findings)
     named = [_name(combination, start) for combination in chosen]
     _check_arm_names([arm.name for arm in named], findings)
     return named
@@ -547,6 +551,25 @@ def _one_at_a_time(file: Mapping[str, Any], factors: tuple[Factor, ...], finding
     for factor in factors:
         chosen += [start | {factor.name: level} for level in factor.levels if level != start[factor.name]]
     return chosen
+
+
+def _tell_excluded_start(
+    file: Mapping[str, Any], start: Combination, factors: tuple[Factor, ...], findings: Findings
+) -> None:
+    """Nobody named a baseline, and the one that all arms start from is left out: another arm would silently stand in
+    for it, from which the others differ in two factors. A named one is checked with the comparison."""
+    if (file.get("compare") or {}).get("baseline") is not None:
+        return
+    for number, entry in enumerate(file.get("exclude") or []):
+        levels = _named(entry, f"exclude[{number}]", factors, findings)
+        if levels and levels.items() <= start.items():
+            pairs = _pairs({name: level.name for name, level in start.items()})
+            findings.problem(
+                f"exclude[{number}]",
+                f"leaves out {pairs}, the first level of each factor, which 'design: one-at-a-time' starts from; take "
+                "the entry out, or name another start with compare.baseline",
+            )
+            return
 
 
 def _named(entry: Any, key: str, factors: tuple[Factor, ...], findings: Findings) -> Combination | None:

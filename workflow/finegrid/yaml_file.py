@@ -35,7 +35,7 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(path: Path, place: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a file's mapping and the line of each dotted key, starting at 1.
+    """Return a file's mapping and the line of each dotted key and list item (``exclude[0]``), starting at 1.
 
     Raises:
         UserError: the file is missing, is no UTF-8, is no YAML, is no mapping, or has a key twice.
@@ -79,8 +79,15 @@ class _Reader:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, f"{key}[{number}]") for number, item in enumerate(node.value)]
+            return self._sequence(node, key)
         return self._scalar(node, key)
+
+    def _sequence(self, node: yaml.SequenceNode, key: str) -> list[Any]:
+        items = []
+        for number, item in enumerate(node.value):
+            self.lines[f"{key}[{number}]"] = item.start_mark.line + 1
+            items.append(self.value(item, f"{key}[{number}]"))
+        return items
 
     def _mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
         own: dict[str, Any] = {}
