@@ -118,15 +118,24 @@ def test_references_may_differ_in_white_space(study):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics_version": "2"}, "metric version 2"),
-        ({"signatures": {"bleu": "version:1"}}, "metric libraries"),
-        ({"data": {"examples": "ffff", "tokens": "ffff"}}, "examples ffff"),
+        ({"metrics_version": "2"}, "scored with metric version 2, but"),
+        ({"signatures": {"bleu": "version:1", "rouge_score": "0.1.2"}}, "scored with metric bleu version:1, but"),
+        ({"data": {"examples": "ffff", "tokens": "ffff"}}, "scored on another version of the data than"),
     ],
 )
 def test_other_metrics_or_data_are_refused(study, change, message):
     run = a_run(study)
     edit(study / "metrics" / f"{run}.json", lambda content: content.update(change))
-    with pytest.raises(UserError, match=rf"run {run}: scored with {message}"):
+    with pytest.raises(UserError, match=f"run {run}: {message}") as caught:
+        load(study)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", '{"data": {}}', '{"data": {}, "splits": null}'])
+def test_metrics_of_another_shape_are_named_by_file(study, content):
+    path = study / "metrics" / f"{a_run(study)}.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{path.name}: not the metrics of a run"):
         load(study)
 
 

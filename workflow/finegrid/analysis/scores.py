@@ -151,7 +151,7 @@ def load_scores(plan: Plan, metrics: list[Path], predictions: list[Path]) -> Sco
     missing += [f"run {run}: no predictions among those given" for run in wanted if run not in written]
     if missing:
         raise UserError(*missing)
-    summary = {run: _read_json(described[run]) for run in wanted}
+    summary = {run: _read_metrics(described[run]) for run in wanted}
     _same_definition(summary)
     tables = {run: _read_predictions(written[run]) for run in wanted}
     splits = {str(split) for table in tables.values() for split in table["split"].unique()}
@@ -211,6 +211,14 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: not valid JSON ({error}); expected what an earlier stage writes") from None
 
 
+def _read_metrics(path: Path) -> dict:
+    """A run's metrics file, with at least its splits and the hashes of its data."""
+    content = _read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("data", "splits")):
+        raise UserError(f"{path}: not the metrics of a run; expected metrics_version, signatures, data, splits, …")
+    return content
+
+
 def _read_predictions(path: Path) -> pd.DataFrame:
     """One row an example and split; scores that were not computed are NaN."""
     try:
@@ -240,22 +248,27 @@ def _same_definition(summary: dict[str, dict]) -> None:
     first, reference = next(iter(summary.items()))
     problems = []
     for run, content in summary.items():
-        for what, key in (("metric version", "metrics_version"), ("metric libraries", "signatures")):
-            problems += _unequal(what, run, content.get(key), first, reference.get(key))
+        ours, theirs = _definition(content), _definition(reference)
+        problems += [
+            f"run {run}: scored with metric {what} {ours.get(what)}, but {first} with {theirs.get(what)}; "
+            "expected the same for all runs of a comparison: evaluate again"
+            for what in dict.fromkeys([*theirs, *ours])
+            if ours.get(what) != theirs.get(what)
+        ]
         # The hash of questions and references: another version of the test data has another one.
-        examples = [(data.get("data") or {}).get("examples") for data in (content, reference)]
-        problems += _unequal("examples", run, examples[0], first, examples[1])
+        ours, theirs = (str(data["data"].get("examples")) for data in (content, reference))
+        if ours != theirs:
+            problems.append(
+                f"run {run}: scored on another version of the data than {first} (hash {ours[:12]}, not {theirs[:12]}); "
+                "expected the same questions and references for all runs of a comparison: evaluate again"
+            )
     if problems:
         raise UserError(*problems)
 
 
-def _unequal(what: str, run: str, value: object, first: str, expected: object) -> list[str]:
-    if value == expected:
-        return []
-    return [
-        f"run {run}: scored with {what} {value}, but {first} with {expected}; "
-        "expected the same for all runs of a comparison: evaluate again"
-    ]
+def _definition(metrics: dict) -> dict[str, object]:
+    """What defines a run's metrics: our version, and the signature of each library."""
+    return {"version": metrics.get("metrics_version"), **(metrics.get("signatures") or {})}
 
 
 def _align(tables: dict[str, pd.DataFrame], split: str, tokens: dict[str, str]) -> dict[str, pd.DataFrame]:
