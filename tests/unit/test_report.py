@@ -181,6 +181,8 @@ def test_answer_without_a_verdict_claims_neither_difference_nor_equality(tmp_pat
         f"With 2 seeds the study could reliably see only differences above {detectable.max():.2g} in ROUGE-L, "
         "so it cannot claim that these arms and Full are equally good."
     )
+    set_comparisons(study, {"qlora": {"verdict": "worse"}})
+    assert answer(load_results(study))[1].endswith("so it cannot claim that LoRA and Full are equally good.")
 
 
 def test_answer_gives_each_verdict_with_its_difference(tmp_path: Path):
@@ -554,4 +556,9 @@ def test_report_of_many_arms_opens_and_filters(browser, tmp_path: Path):
 
     assert len(arms_shown(page)) == 3
     assert page.evaluate("document.querySelectorAll('.example')[0].querySelectorAll('section').length") <= 11
+    assert "1seed84runs" in page.evaluate("document.querySelector('.facts').textContent")
+    claims = page.evaluate("document.querySelector('.limits').textContent")
+    assert re.search(
+        r"that rank 2, all, cosine does as well as \d\d other arms: differences below \S+ in ROUGE-L", claims
+    )
     assert page.errors == []

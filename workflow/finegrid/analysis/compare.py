@@ -25,6 +25,7 @@ from finegrid.files import write_json, write_text
 from finegrid.fingerprint import file_hash, short_hash
 
 COSTS = ("peak_memory_mb", "train_seconds", "tokens_per_second", "trainable_parameters")
+NAMED = 5  # arms named in a sentence; more are counted
 EMPTY_SHARE = 0.1  # more empty predictions than this are a finding
 
 
@@ -312,20 +313,28 @@ def _cannot_claim(
     open_ = primary[primary["verdict"] == "not distinguishable"]
     if len(open_):
         smallest = open_["smallest_detectable_adjusted"].max()
-        size = "" if pd.isna(smallest) else f": differences below {smallest:.2g} in {plan.metric} would not be seen"
-        claims.append(f"that {plan.baseline} does as well as {_joined(open_['arm'])}{size}")
+        size = (
+            "" if pd.isna(smallest) else f": differences below {smallest:.2g} in {plan.metric_name} would not be seen"
+        )
+        claims.append(f"that {plan.label(plan.baseline)} does as well as {_named(plan, open_['arm'])}{size}")
     if not scores.same_tokens(scores.runs):
         claims.append("which arm has the lower loss: the losses are means over other tokens")
     if scores.split == "validation" and any(len(tried) > 1 for tried in levels.values()):
         claims.append("how good a tuned arm is on new examples: its level was chosen on the examples that are compared")
     wholly = [arm for arm, tried in levels.items() if all(level.diverged for level in tried)]
     if wholly:
-        claims.append(f"anything of {_joined(wholly)}: every run diverged")
+        claims.append(f"anything of {_named(plan, wholly)}: every run diverged")
     return claims
 
 
-def _joined(names: Iterable[str]) -> str:
-    *most, last = list(names)
+def _named(plan: Plan, arms: Iterable[str]) -> str:
+    """A few arms by their labels, quoted where one holds a comma; many are counted."""
+    labels = [plan.label(arm) for arm in arms]
+    if len(labels) > NAMED:
+        return f"{len(labels)} other arms"
+    if len(labels) > 1 and any("," in label for label in labels):
+        labels = [f"“{label}”" for label in labels]
+    *most, last = labels
     return f"{', '.join(most)} and {last}" if most else last
 
 

@@ -24,6 +24,17 @@ SCORES = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 """Per-example scores between 0 and 1, higher is better."""
 METRICS = ("loss", *SCORES)
 """All that arms are described by; `loss` is in nats per label token, lower is better."""
+METRIC_NAMES = {
+    "loss": "loss",
+    "exact_match": "exact match",
+    "f1": "token F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "sentence BLEU",
+    "chrf": "chrF",
+}
+"""As a metric is called inside a sentence."""
 NAMED = 5  # ids named in a message; the rest is counted
 
 
@@ -62,6 +73,15 @@ class Plan:
     arms: list[Arm]
     runs: list[Run]
     seeds: list[int] = field(default_factory=list)
+
+    @property
+    def metric_name(self) -> str:
+        """The primary metric as a sentence calls it."""
+        return METRIC_NAMES[self.metric]
+
+    def label(self, arm: str) -> str:
+        """The arm as a reader knows it."""
+        return next(known.label for known in self.arms if known.arm == arm)
 
     def runs_of(self, arm: str) -> list[Run]:
         """The arm's runs, in the plan's order."""

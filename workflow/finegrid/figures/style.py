@@ -29,7 +29,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from finegrid.analysis.scores import Arm, Plan, load_plan
+from finegrid.analysis.scores import METRIC_NAMES, Arm, Plan, load_plan
 from finegrid.errors import UserError
 from finegrid.figures import design
 from finegrid.figures.stamp import pdf_metadata, png_metadata
@@ -55,16 +55,6 @@ CJK_FONTS = (
     "Arial Unicode MS",
 )
 CJK_FILES = ("cjk", "wqy", "sourcehan", "droidsansfallback", "simhei", "msyh")
-METRIC_NAMES = {
-    "loss": "loss",
-    "exact_match": "exact match",
-    "f1": "token F1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "bleu": "sentence BLEU",
-    "chrf": "chrF",
-}
 MARKERS = "osD^vP*X"  # a second sign of an arm beside its colour
 WIDE = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"  # letters between which a line may break
 PARTS = rf"[{WIDE}]\s*|[^\s{WIDE}]+\s*|\s+"

@@ -186,9 +186,10 @@ def _limits(results: Results, undecided: list[str]) -> str:
     detectable = [_detectable(results.difference(arm, results.metric)) for arm in undecided]
     detectable = [value for value in detectable if math.isfinite(value)]
     if detectable:
+        who = "these arms" if len(undecided) > 1 else results.label(undecided[0])
         return (
             f"With {seeds} seeds the study could reliably see only differences above {max(detectable):.2g} in "
-            f"{METRIC_NAMES[results.metric]}, so it cannot claim that {'these arms' if len(undecided) > 1 else 'it'} "
+            f"{METRIC_NAMES[results.metric]}, so it cannot claim that {who} "
             f"and {results.label(results.baseline)} are equally good."
         )
     return (
@@ -234,11 +235,10 @@ def pair_rows(results: Results) -> list[dict]:
 def _facts(results: Results) -> list[tuple[str, str]]:
     runs = {run["run"] for run in results.plan["runs"] if run["train"]}
     seconds = sum(results.training[run]["train_seconds"] for run in runs if run in results.training)
+    counts = [(len(results.trained), "arm"), (int(results.arms["seeds"].max()), "seed"), (len(runs), "run")]
+    counts.append((int(results.arms["examples"].max()), f"{results.comparison['split']} example"))
     return [
-        ("arms", f"{len(results.trained)}"),
-        ("seeds", f"{int(results.arms['seeds'].max())}"),
-        ("runs", f"{len(runs):,}"),
-        (f"{results.comparison['split']} examples", f"{int(results.arms['examples'].max()):,}"),
+        *((name if number == 1 else f"{name}s", f"{number:,}") for number, name in counts),
         ("of training, all runs", duration(seconds)),
     ]
 
