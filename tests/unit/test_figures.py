@@ -277,6 +277,15 @@ def test_quality_shows_estimates_seeds_and_verdicts(study):
         assert any(word.startswith(differences.loc[arm, "verdict"]) for word in words)
 
 
+def test_the_p_of_several_verdicts_is_told_to_be_adjusted(tmp_path, one_at_a_time):
+    alone = make_results(tmp_path, arms=2, levels=0, examples=12)
+    path = alone / "comparison/comparisons.tsv"
+    pd.read_csv(path, sep="\t").query("arm == 'lora'").to_csv(path, sep="\t", index=False)
+    for name, study, told in (("quality", one_at_a_time, 1), ("effects", one_at_a_time, 1), ("quality", alone, 0)):
+        legend = [text.get_text() for text in module(name).plot(study)[0].legends[0].get_texts()]
+        assert legend.count("p adjusted (Holm)") == told
+
+
 def test_more_arms_than_a_page_holds_are_cut_to_the_best_and_told(tmp_path):
     study = make_results(tmp_path, arms=60, levels=0, seeds=1, examples=4)
     figure, table = quality.plot(study)

@@ -59,7 +59,7 @@ def plot(study_dir: Path) -> tuple[Figure, pd.DataFrame]:
         if line.rows is not None:
             (_single if single else _paired)(panel, place, line.rows, study)
     _axis(panel, lines, study, single)
-    style.legend(figure, _handles(study, single), more)
+    style.legend(figure, _handles(study, table, single), more)
     style.message(figure, _message(study, table, single))
     figure.draw_without_rendering()  # the names leave the panel what width they leave
     width = panel.get_position().width * figure.get_figwidth()
@@ -167,7 +167,7 @@ def _beside(line: Line, study: Study, single: bool) -> str:
     )
 
 
-def _handles(study: Study, single: bool) -> list:
+def _handles(study: Study, table: pd.DataFrame, single: bool) -> list:
     grey = {"color": "0.3", "linestyle": "none"}
     if single:
         handles = [
@@ -185,7 +185,7 @@ def _handles(study: Study, single: bool) -> list:
         handles.append(Line2D([], [], color="0.1", marker="D", markersize=4, linestyle="none", label="their mean"))
     if study.plan.margin:
         handles.append(Patch(facecolor="0.93", label=f"margin ±{study.plan.margin:g}"))
-    return handles
+    return handles + (style.adjusted(table["p_adjusted"]) if single else [])
 
 
 def _message(study: Study, table: pd.DataFrame, single: bool) -> str:

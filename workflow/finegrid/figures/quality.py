@@ -141,7 +141,7 @@ def _handles(study: Study, table: pd.DataFrame) -> list:
         handles.append(Line2D([], [], label="each seed", **SEED))
     if study.plan.margin:
         handles.append(Patch(facecolor="0.9", label=f"margin ±{study.plan.margin:g}"))
-    return handles
+    return handles + style.adjusted(table["p_adjusted"])
 
 
 def _message(study: Study) -> str:

@@ -351,6 +351,12 @@ def interval(study: Study) -> str:
     return "95 % interval" if study.arms["seeds"].max() > 1 else "95 % interval over examples alone (one seed)"
 
 
+def adjusted(p: pd.Series) -> list[Artist]:
+    """What a legend says of the p beside several verdicts: the intervals there are not adjusted, so one that leaves
+    out 0 may stand beside "not distinguishable"."""
+    return [Line2D([], [], linestyle="none", label="p adjusted (Holm)")] if p.count() > 1 else []
+
+
 def verdict(arm: pd.Series, study: Study) -> str:
     """A verdict as it is printed beside a difference, with the p that decided it; of a row whose name is the arm, or
     that has a column `arm`."""

@@ -4,7 +4,9 @@ CAPTIONS = {
     "quality": (
         "Quality",
         "Mean of the primary metric by arm with its 95 % interval over seeds and examples, each seed as a point; "
-        "and the paired difference to the baseline with its verdict and the margin of equivalence.",
+        "and the paired difference to the baseline with its verdict and the margin of equivalence. Verdicts and p "
+        "are adjusted for all comparisons (Holm), each interval stands for itself: one that leaves out 0 may not be "
+        "enough.",
     ),
     "loss_curves": (
         "Loss",
@@ -14,7 +16,8 @@ CAPTIONS = {
     "effects": (
         "Factor effects",
         "The difference that each level makes where it is all that differs: with its 95 % interval and verdict where "
-        "the study varied one factor at a time; else every such pair of arms as a point, and their mean.",
+        "the study varied one factor at a time, the verdict adjusted for all comparisons (Holm); else every such pair "
+        "of arms as a point, and their mean.",
     ),
     "heatmap": (
         "Two factors",
