@@ -1,6 +1,6 @@
 """Proof of the comparison: false claims, coverage, power, agreement with other libraries, time.
 
-    python tests/benchmarks/comparison.py                 1,000 studies a row, about 5 minutes of one core
+    python tests/benchmarks/comparison.py                 1,000 studies a row, about 8 minutes of one core
     python tests/benchmarks/comparison.py --studies 200
 
 Each simulated study has a baseline and three arms, scored between 0 and 1 on 300 examples. Examples are hard or easy
