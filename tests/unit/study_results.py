@@ -328,7 +328,8 @@ def _settings(run: dict) -> dict:
 
 def _provenance(run: dict) -> dict:
     return {
-        "output": f"runs/{run['run']}",
+        "outputs": {f"results/peft/runs/{run['run']}/adapter/adapter_model.safetensors": run["run"][-8:] * 8},
+        "data_version": {"data/raw/insurance_2.1/train.jsonl": "5a" * 32},
         "commit": "c12167a0000000000000000000000000000000ff",
         "dirty": False,
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},

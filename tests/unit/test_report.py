@@ -133,6 +133,9 @@ def test_provenance_shows_commit_and_versions(page):
 
     assert "c12167a0000000000000000000000000000000ff" in content
     assert "2.13.0" in content
+    assert "data version: data/raw/insurance_2.1/train.jsonl" in content
+    heads = page.xpath("//section[@aria-labelledby='provenance']//th[@scope='col']")
+    assert [text(head) for head in heads] == ["Run", "weights: adapter_model.safetensors"]
 
 
 def test_same_results_give_the_same_bytes(study: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ import base64
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jinja2
 import pandas as pd
@@ -603,4 +603,10 @@ def provenance(results: Results) -> dict:
 
 
 def _provenance_record(record: dict) -> dict[str, str]:
-    return {_words(key): plain(value) for key, value in flatten(record).items() if value is not None}
+    """One run's record as name -> text. Files keep their names, and weights go by theirs alone, without the run's
+    folder: all runs then have the same lines."""
+    outputs, versions = record.get("outputs") or {}, record.get("data_version") or {}
+    files = {f"weights: {PurePosixPath(path).name}": digest for path, digest in outputs.items()}
+    files |= {f"data version: {path}": digest for path, digest in versions.items()}
+    facts = {key: value for key, value in record.items() if key not in ("outputs", "data_version")}
+    return {_words(key): plain(value) for key, value in flatten(facts).items() if value is not None} | files
