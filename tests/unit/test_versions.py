@@ -122,8 +122,27 @@ def test_files_that_the_import_could_not_read_are_refused_and_not_kept(folder, t
         add_data.add_data("sums", [broken, tmp_path / "mine/other.jsonl"], {}, {}, Path("config/recipes/lora.yaml"))
     with pytest.raises(UserError, match="no such file"):
         add_data.add_data("sums", [tmp_path / "train.csv"], {}, {}, Path("config/recipes/lora.yaml"))
+    with pytest.raises(UserError, match="mine: a folder; expected a file"):
+        add_data.add_data("sums", [tmp_path / "mine"], {}, {}, Path("config/recipes/lora.yaml"))
     with pytest.raises(UserError, match="is no name of a data set"):
         add_data.add_data("a/b", [broken], {}, {}, Path("config/recipes/lora.yaml"))
+    with pytest.raises(UserError, match="there is no recipe"):
+        add_data.add_data("sums", [broken], {}, {}, Path("none.yaml"))
+
+
+def test_what_a_file_does_not_tell_is_an_option_and_goes_into_the_recipe(folder, tmp_path):
+    chinese = tmp_path / "mine/train.csv"
+    chinese.parent.mkdir()
+    chinese.write_bytes(("asked,told\n" + "".join(f"何时 {n}？,今天\n" for n in range(20))).encode("gb18030"))
+    recipe = Path("config/recipes/lora.yaml")
+    with pytest.raises(UserError, match="`--encoding NAME` sets"):
+        add_data.add_data("zh", [chinese], {}, {}, recipe)
+    with pytest.raises(UserError, match="`--prompt NAME --answer NAME` sets"):
+        add_data.add_data("zh", [chinese], {}, {"encoding": "gb18030"}, recipe)
+    options = ("--encoding", "gb18030", "--prompt", "asked", "--answer", "told")
+    run(folder, "finegrid", "add-data", "zh", str(chinese), *options)
+    written = yaml.safe_load((folder / "config/recipes/zh.yaml").read_text())["data_config"]
+    assert (written["encoding"], written["columns"]) == ("gb18030", {"prompt": "asked", "answer": "told"})
 
 
 # ---------------------------------------------------------------- records

@@ -25,6 +25,7 @@ RAW = Path("data/raw")
 RECIPES = Path("config/recipes")
 SPLITS = {"train": "train_file", "validation": "val_file", "test": "test_file"}
 NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "held")}
+OPTIONS = {"data_config.columns": "--prompt NAME --answer NAME", "data_config.encoding": "--encoding NAME"}
 SHARE = 0.1  # of the rows of train, split off where a split has no file
 SECTION = re.compile(r"^data_config:\n(?:[ \t#].*\n|\n(?=[ \t]))*", re.MULTILINE)
 
@@ -33,7 +34,7 @@ def add_data(
     name: str,
     files: list[Path],
     given: dict[str, Path | None],
-    columns: dict[str, str],
+    reading: dict[str, Any],
     pattern: Path,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -43,18 +44,21 @@ def add_data(
         name: of the data set: letters, digits, ``-``, ``_`` and ``.``.
         files: raw files; which split each is shows in its name (train, val, dev, test), and one alone is train.
         given: split -> file, where names don't tell.
-        columns: of ``data_config.columns``, such as ``prompt`` -> ``question``.
+        reading: what the files don't tell, under the names of ``data_config``: ``columns``, ``encoding``.
         pattern: recipe whose other settings the new recipe takes over.
 
     Raises:
-        UserError: a file is missing, its split is unclear, its rows can't be read, or DVC refuses.
+        UserError: a file is missing, its split is unclear, its rows can't be read, there is no such recipe, or DVC
+            refuses.
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise UserError(f"add-data: '{name}' is no name of a data set; expected letters, digits, '-', '_' and '.'")
     if not Path(".dvc").is_dir():
         raise UserError("add-data: there is no .dvc here; expected a project under DVC (`dvc init`)")
+    if not (RECIPES / f"{name}.yaml").is_file() and not pattern.is_file():
+        raise UserError(f"add-data: there is no recipe {pattern}; expected one such as config/recipes/lora.yaml")
     sources = _splits(files, given)
-    config = _config(name, sources, columns)
+    config = _config(name, sources, reading)
     report = _check(name, sources, config)
     for split, entries in report["files"].items():
         for entry in entries:
@@ -81,7 +85,11 @@ def _splits(files: list[Path], given: dict[str, Path | None]) -> dict[str, Path]
             problems.append(f"add-data: {path}: {split} is {splits[split]} already; expected one file a split")
         else:
             splits[split] = path
-    problems += [f"add-data: {path}: no such file" for path in splits.values() if not path.is_file()]
+    problems += [
+        f"add-data: {path}: {'a folder; expected a file' if path.is_dir() else 'no such file'}"
+        for path in splits.values()
+        if not path.is_file()
+    ]
     if not problems and "train" not in splits:
         problems.append("add-data: no file is train; expected one with train in its name, or `--train FILE`")
     names = [path.name for path in splits.values()]
@@ -91,12 +99,12 @@ def _splits(files: list[Path], given: dict[str, Path | None]) -> dict[str, Path]
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _config(name: str, sources: dict[str, Path], columns: dict[str, str]) -> dict[str, Any]:
+def _config(name: str, sources: dict[str, Path], reading: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {SPLITS[split]: (RAW / name / path.name).as_posix() for split, path in sources.items()}
     for split in ("validation", "test"):
         if split not in sources:
             config[f"{split}_size"] = SHARE
-    return config | ({"columns": columns} if columns else {})
+    return config | reading
 
 
 def _check(name: str, sources: dict[str, Path], config: dict[str, Any]) -> dict[str, Any]:
@@ -110,11 +118,17 @@ def _check(name: str, sources: dict[str, Path], config: dict[str, Any]) -> dict[
             report = import_data(settings, Path.cwd(), Path(folder) / "imported")
         except UserError as error:
             short = [_shown(problem, sources) for problem in error.problems]
-            raise UserError(*short) from None
+            raise UserError(*short, *_options(short)) from None
     for (_, path), entries in zip(sources.items(), report["files"].values(), strict=False):
         for entry in entries:
             entry["file"] = path.as_posix()
     return report
+
+
+def _options(problems: list[str]) -> list[str]:
+    """Say which options set what the problems name by its key in a recipe, which isn't written yet."""
+    named = [f"`{option}` sets {key}" for key, option in OPTIONS.items() if any(key in line for line in problems)]
+    return [f"add-data: {', '.join(named)}"] if named else []
 
 
 def _shown(problem: str, sources: dict[str, Path]) -> str:
@@ -148,8 +162,6 @@ def _recipe(name: str, config: dict[str, Any], pattern: Path, say: Callable[[str
         else:
             say(f"add-data {name}: {path} is there and names other files; for these it needs:\n{section.rstrip()}")
         return
-    if not pattern.is_file():
-        raise UserError(f"add-data: there is no recipe {pattern}; expected one such as config/recipes/lora.yaml")
     text = pattern.read_text(encoding="utf-8").replace(pattern.as_posix(), path.as_posix())
     text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{section}\n{text}"
     write_text(path, text)

@@ -90,6 +90,7 @@ def add_data(
     test: Annotated[Path | None, typer.Option(help="The same for test.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
     answer: Annotated[str | None, typer.Option(help="Column of the answer.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text files that are not UTF-8, such as gb18030.")] = None,
     recipe: Annotated[Path, typer.Option(help="Recipe whose other settings are taken over.")] = Path(
         "config/recipes/lora.yaml"
     ),
@@ -102,4 +103,5 @@ def add_data(
 
     given = {"train": train, "validation": validation, "test": test}
     columns = {key: column for key, column in {"prompt": prompt, "answer": answer}.items() if column}
-    add_data(name, files or [], given, columns, recipe)
+    reading = ({"columns": columns} if columns else {}) | ({"encoding": encoding} if encoding else {})
+    add_data(name, files or [], given, reading, recipe)
