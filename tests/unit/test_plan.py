@@ -191,6 +191,18 @@ def test_plan_that_differs_in_times_alone_is_left_as_it_is(project):
     assert json.loads(path.read_text()) != recorded
 
 
+def test_look_leaves_the_plan_that_results_were_made_with_until_the_study_has_other_runs(project):
+    folder, study = project
+    path = folder / "results/sums/plan.json"
+    write_plan(study(), folder, "a100-80gb")
+    before = path.read_bytes()
+    shown = write_plan(study(), folder, "h100-80gb", keep=True)
+    assert {run["device"] for run in shown["runs"] if run["train"]} == {"h100-80gb"}
+    assert path.read_bytes() == before
+    write_plan(study(seeds=[0, 1, 2, 3]), folder, "h100-80gb", keep=True)
+    assert path.read_bytes() != before
+
+
 def test_plan_with_an_error_is_not_written(project):
     folder, study = project
     plan = write_plan(study(hardware={"gpus": ["rtx-4090"]}), folder)

@@ -227,6 +227,19 @@ def test_metrics_are_held_to_the_record_within_the_tolerance_and_costs_are_not()
 # ---------------------------------------------------------------- provenance
 
 
+def test_what_is_drawn_again_of_the_same_keeps_its_record(tmp_path):
+    (tmp_path / "plan.json").write_text("1")
+    record, inputs = tmp_path / "quality.json", {"plan": Path("plan.json")}
+    made_at = {"commit": "c0ffee", "dirty": False}
+    provenance.write(record, tmp_path, inputs=inputs, made_at=made_at, keep=True, command="snakemake's")
+    before = record.read_bytes()
+    provenance.write(record, tmp_path, inputs=inputs, made_at=made_at, keep=True, command="mine")
+    assert record.read_bytes() == before
+    (tmp_path / "plan.json").write_text("2")
+    provenance.write(record, tmp_path, inputs=inputs, made_at=made_at, keep=True, command="mine")
+    assert json.loads(record.read_text())["command"] == "mine"
+
+
 def test_runs_trained_on_different_versions_of_a_file_are_not_compared(tmp_path):
     versions_of = {"a": {"train.jsonl": "1" * 64}, "b": {"train.jsonl": "2" * 64, "test.jsonl": "3" * 64}, "old": {}}
     for name, files in versions_of.items():

@@ -165,13 +165,15 @@ def resolve(
 def plan(study: StudyName, gpus: Gpus = None, log: Log = None) -> None:
     """Show all that a study will do, need and prove; needs no weights, no GPU and no prepared data.
 
-    Writes plan.json and plan.tsv beside the study's results. Errors among its findings end with status 1 and stop
-    every later stage.
+    Writes plan.json and plan.tsv beside the study's results; those that results were made with stay as they are.
+    Errors among its findings end with status 1 and stop every later stage.
     """
     with _stage(f"plan {study}", log):
         from finegrid.plan import errors, write_plan
+        from finegrid.records import records_file
 
-        made = write_plan(_study(study), Path.cwd(), gpus)
+        the_study = _study(study)
+        made = write_plan(the_study, Path.cwd(), gpus, keep=log is None and records_file(the_study.name).is_file())
         if log is not None:
             if errors(made):
                 raise UserError(*errors(made))
@@ -470,16 +472,17 @@ def tables(study: StudyName, log: Log = None) -> None:
     """Write the study's tables (LaTeX, Markdown, CSV) and numbers.tex."""
     with _stage(f"tables {study}", log):
         from finegrid.fingerprint import code_fingerprint
-        from finegrid.publication.numbers import write_numbers
+        from finegrid.provenance import drawn_at
+        from finegrid.publication.numbers import write_numbers  # which reads the tables' module too
         from finegrid.publication.tables import write_tables
 
         the_study = _study(study)
         results = layout.RESULTS / the_study.name
         write_tables(results, results / "tables")
         write_numbers(results, results / "tables" / "numbers.tex")
-        code = code_fingerprint("finegrid.publication.tables")
+        record, code = results / "tables" / "provenance.json", code_fingerprint("finegrid.publication.numbers")
         inputs = _study_inputs(the_study)
-        _write_study_provenance(the_study, results / "tables" / "provenance.json", inputs, code)
+        _write_study_provenance(the_study, record, inputs, code, drawn_at(Path.cwd(), record, inputs, code))
 
 
 @app.command()
@@ -758,7 +761,7 @@ def _write_study_provenance(
 
     runs = [layout.RESULTS / study.name / "provenance" / f"{run.id}.json" for run in study.runs]
     facts = {"study": study.name, "code": code, "command": _command(), **provenance.of_runs(runs)}
-    provenance.write(output, Path.cwd(), inputs=inputs, made_at=made_at, **facts)
+    provenance.write(output, Path.cwd(), inputs=inputs, made_at=made_at, keep=True, **facts)
 
 
 def _command() -> str:

@@ -64,7 +64,7 @@ CPU_EVALUATION_SECONDS = 600  # an evaluation that takes no longer on a CPU hold
 # ---------------------------------------------------------------- the plan and its files
 
 
-def write_plan(study: Study, project: Path, gpus: str | list | None = None) -> dict:
+def write_plan(study: Study, project: Path, gpus: str | list | None = None, keep: bool = False) -> dict:
     """Make the plan and write ``results/<study>/plan.json`` and ``plan.tsv`` (one row an arm and run); return it.
 
     Files that differ in the estimates of time alone are left as they are, so that looking at a plan again makes
@@ -72,10 +72,13 @@ def write_plan(study: Study, project: Path, gpus: str | list | None = None) -> d
 
     Args:
         gpus: GPUs to plan for, see :func:`hardware_of`.
+        keep: leave files that are of the same runs as they are, whatever else differs: results were made with them,
+            and a look from a machine without the base model, or for other GPUs, must not change what git has.
     """
     plan = make_plan(study, project, gpus)
     output = project / layout.RESULTS / study.name
-    if errors(plan) or _on_record(output / "plan.json") == _lasting(plan):
+    before = _on_record(output / "plan.json")
+    if errors(plan) or before == _lasting(plan) or (keep and before and _runs(before) == _runs(plan)):
         return plan
     write_json(output / "plan.json", plan)
     with whole(output / "plan.tsv") as half, half.open("w", encoding="utf-8", newline="") as file:
@@ -197,6 +200,10 @@ def _lasting(plan: Mapping) -> dict:
     runs = [{key: value for key, value in run.items() if key not in TIMES} for run in plan["runs"]]
     kept = {key: value for key, value in plan["totals"].items() if key not in TIMES}
     return json.loads(json.dumps({**plan, "runs": runs, "totals": kept, "packs": None}))
+
+
+def _runs(plan: Mapping) -> list[tuple[str, str]]:
+    return [(run["arm"], run["run"]) for run in plan["runs"]]
 
 
 def _limits(run: Run) -> dict:

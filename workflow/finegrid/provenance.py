@@ -18,6 +18,7 @@ from finegrid.files import write_json
 from finegrid.fingerprint import file_hash, short_hash
 
 WRITTEN = ("results", "dvc.yaml", "dvc.lock")
+PASSING = ("command", "finished")  # what may differ when the same is made again of the same
 PACKAGES = [
     "accelerate",
     "bitsandbytes",
@@ -44,6 +45,7 @@ def write(
     *,
     inputs: dict[str, Path],
     made_at: dict[str, object] | None = None,
+    keep: bool = False,
     **facts: object,
 ) -> None:
     """Write ``output``: the given facts, the hash of each input file, and what is true of this machine and checkout.
@@ -51,6 +53,8 @@ def write(
     Args:
         inputs: name -> file whose SHA-256 is recorded; a missing file is recorded as null.
         made_at: ``commit`` and ``dirty`` to record; default: those of the checkout.
+        keep: leave a record that differs in nothing but date and command, so that what is drawn again is on record
+            as git has it.
         facts: further JSON-able entries, such as ``run``, ``seed``, ``settings_hash``, ``code``, ``command``.
     """
     record = {
@@ -66,7 +70,8 @@ def write(
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(output, record)
+    if not (keep and _lasting(record) == _lasting(_json(output))):
+        write_json(output, record)
 
 
 def commit(project: Path) -> dict[str, object]:
@@ -79,19 +84,19 @@ def commit(project: Path) -> dict[str, object]:
     return {"commit": head, "dirty": None if head is None else bool(changed)}
 
 
-def drawn_at(project: Path, figure: Path, inputs: dict[str, Path], code: str) -> dict[str, object]:
-    """Return ``commit`` and ``dirty`` of a figure: those that git has of it, if it is drawn from the same by the same.
+def drawn_at(project: Path, output: Path, inputs: dict[str, Path], code: str) -> dict[str, object]:
+    """Return ``commit`` and ``dirty`` of a figure or the tables: those that git has, if made of the same by the same.
 
     So the commit in a figure's metadata is the one whose code first drew it, and drawing it again at any later commit
     gives the same bytes.
 
     Args:
-        figure: its provenance file, relative to the project.
-        inputs: name -> file that it is drawn from.
-        code: fingerprint of the code that draws it.
+        output: the provenance file, relative to the project.
+        inputs: name -> file that is read.
+        code: fingerprint of the code that draws.
     """
     try:
-        known = json.loads(_git(project, "show", f"HEAD:./{figure.as_posix()}") or "{}")
+        known = json.loads(_git(project, "show", f"HEAD:./{output.as_posix()}") or "{}")
         before = {name: entry["sha256"] for name, entry in known.get("inputs", {}).items()}
     except (ValueError, AttributeError, KeyError, TypeError):  # an older or foreign file of that name
         return commit(project)
@@ -173,6 +178,19 @@ def hashes_of(path: Path) -> dict[str, str]:
 def package_versions() -> dict[str, str]:
     """Return name -> version of the packages that results hang on, as installed."""
     return {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def _lasting(record: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in record.items() if key not in PASSING}
+
+
+def _json(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file; an empty one if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _git(project: Path, *arguments: str) -> str | None:
