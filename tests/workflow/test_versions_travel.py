@@ -231,6 +231,7 @@ def test_trace_goes_back_to_raw_data_and_names_a_broken_link(versioned, tmp_path
     ):
         assert part in said
     assert "arms.tex" in copy("finegrid", "trace", "arms.tex").stdout
+    assert "report.html: " in copy("finegrid", "trace", "report.html").stdout
     assert copy("finegrid", "trace", "tinyExamples").stdout.startswith(r"\tinyExamples = 8")
     unknown = copy("finegrid", "trace", "tinyExample", check=False)
     assert unknown.returncode == 1

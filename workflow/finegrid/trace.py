@@ -22,6 +22,7 @@ from finegrid.figures import FIGURES
 from finegrid.records import Hashes, Job
 
 MACRO = re.compile(r"\\newcommand\{\\(\w+)\}\{(.*)\}$")
+KINDS = (".pdf", ".png", ".csv")  # of a figure
 SHOWN = 3  # jobs of a rule that are printed; the others are checked and counted
 
 
@@ -71,11 +72,12 @@ def _find(target: str, study: str | None) -> tuple[str, str, str | None]:
     names = [study] if study else sorted(found.parent.name for found in layout.RESULTS.glob("*/plan.json"))
     if not names:
         raise UserError(f"trace: no study has results in {layout.RESULTS}; expected one that snakemake has run")
-    if target in FIGURES:
-        return _only(target, [(name, layout.RESULTS / name / f"figures/{target}.pdf") for name in names])
-    tables = [(name, layout.RESULTS / name / "tables" / target) for name in names]
-    if any(table.is_file() for _, table in tables):
-        return _only(target, tables)
+    if path.stem in FIGURES and path.suffix in ("", *KINDS):
+        file = target if path.suffix else f"{target}.pdf"
+        return _only(target, [(name, layout.RESULTS / name / "figures" / file) for name in names])
+    files = [(name, layout.RESULTS / name / place / target) for name in names for place in ("tables", "")]
+    if any(file.is_file() for _, file in files):
+        return _only(target, files)
     return _number(target.lstrip("\\"), names)
 
 
@@ -98,7 +100,7 @@ def _number(macro: str, names: list[str]) -> tuple[str, str, str]:
         known |= values
     raise UserError(
         f"trace: '{macro}' is no figure ({', '.join(FIGURES)}), table or number of {', '.join(names)}"
-        f"{nearest(macro, known)}"
+        f"{nearest(macro, [*known, *FIGURES])}"
     )
 
 
