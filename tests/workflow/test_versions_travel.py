@@ -196,6 +196,11 @@ def test_restore_refuses_what_is_not_whole(versioned, tmp_path):
     clone("git", "checkout", "-q", ".")
     shutil.rmtree(clone.folder / ".dvc/cache")
     shutil.rmtree(clone.folder / "results/tiny/runs")
+    clone("dvc", "remote", "modify", "store", "url", str(tmp_path / "empty"))
+    done = clone("finegrid", "restore", "tiny", check=False)
+    assert done.returncode == 1
+    assert f"from store {tmp_path / 'empty'} (default)" in done.stderr
+    assert "md5" not in done.stderr
     clone("dvc", "remote", "remove", "store")
     done = clone("finegrid", "restore", "tiny", check=False)
     assert done.returncode == 1

@@ -94,12 +94,14 @@ def _model_folders(study: Study, run: Run | None) -> list[str]:
 
 def _bring(targets: list[str], say: Say) -> None:
     """Pull; where there is no remote, what the cache of this machine has will do."""
-    remotes = versions.dvc("remote", "list", check=False).stdout.split()
+    remotes = [" ".join(line.split()) for line in versions.dvc("remote", "list", check=False).stdout.splitlines()]
     done = versions.dvc("pull" if remotes else "checkout", *targets, check=False)
     if done.returncode == 0:
         say(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "everything was here")
         return
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line.strip().removeprefix("WARNING: ").removeprefix("ERROR: ") for line in done.stderr.splitlines()]
+    hashes = ("Some of the cache files", "md5: ")  # which say nothing to a person: the files are named after them
+    said = [line for line in lines if line and not line.startswith(hashes)]
     if not remotes:
         raise UserError(
             "restore: there is no remote to pull from, and the cache here has not all of it; expected one: "
@@ -112,7 +114,11 @@ def _bring(targets: list[str], say: Say) -> None:
             "away) or delete them, then this again",
             *some(said),
         )
-    raise UserError("restore: `dvc pull` failed; was everything pushed (`dvc push`)?", *some(said))
+    raise UserError(
+        f"restore: `dvc pull` failed, from {', '.join(remotes)}; expected a remote that can be reached and to which "
+        "everything was pushed (`dvc push`)",
+        *some(said),
+    )
 
 
 def _check_lock(targets: list[str], only: str | None) -> None:

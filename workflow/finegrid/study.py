@@ -231,7 +231,7 @@ class Study:
             UserError: the study has no such run.
         """
         if run_id not in self._by_id:
-            hint = nearest(run_id, self._by_id) or f"; `finegrid plan {self.name}` lists its runs"
+            hint = nearest(run_id, self._by_id) or f"; `finegrid plan {self.name}` lists its runs in plan.tsv"
             raise UserError(f"{self.path}: '{run_id}' is no run of this study{hint}")
         return self._by_id[run_id]
 

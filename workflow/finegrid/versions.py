@@ -373,7 +373,8 @@ def dvc(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
         UserError: it failed; with its last words.
     """
     command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"COLUMNS": "10000"}  # else paths and addresses are broken over lines
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if check and done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"dvc {' '.join(arguments)}: " + " ".join(line.strip() for line in said[-6:]))
