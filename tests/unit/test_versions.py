@@ -80,6 +80,17 @@ def test_a_stale_dvc_yaml_stops_the_build_before_anything_runs(folder):
     assert "no study of config/studies uses data/tokens/none-00000000" in done.stderr
 
 
+def test_page_of_dvc_plots_fits_figures_beside_each_other(project):
+    from dvc.config import Config
+    from dvc_render.html import HTML
+
+    template = project / ".dvc" / Config(project / ".dvc")["plots"]["html_template"]
+    page = HTML(template.read_text()).with_scripts("<script></script>").with_element("<img>").embed()
+    assert "<img>" in page
+    assert "<script></script>" in page
+    assert "max-width: 46vw" in page
+
+
 def test_profile_is_a_parameter(folder):
     assert versions._profile() == []
     (folder / "params.yaml").write_text("profile: slurm\n")
