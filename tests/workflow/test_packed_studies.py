@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -175,6 +176,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 def test_runs_that_train_together_are_staged_as_runs_one_after_the_other(copy, monkeypatch):
     monkeypatch.chdir(copy.folder)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))  # pytest has taken its place
     study = load_study(Path("config/studies/tiny.yaml"), copy.folder)
     runs, scratch = study.runs[1:3], Path("scratch")  # one that learns and one that can only fail
     places = {run.id: Staging.of(scratch, "tiny", run.id, "train") for run in runs}
