@@ -90,6 +90,28 @@ class Orphaned(Checkout):
             rows = [{k: v for k, v in row.items() if k not in ("seconds", "memory_mb")} for row in csv.DictReader(file)]
         return rows, (self.folder / f"results/tiny/runs/{run}/adapter/adapter_model.safetensors").read_bytes()
 
+    def hold(self, controller: subprocess.Popen) -> list[psutil.Process]:
+        """Stop each training when it has made five steps, so that none ends before what is to happen to it."""
+        held: dict[str, psutil.Process] = {}
+
+        def all_held() -> bool:
+            for run in self.runs:
+                if run not in held and self.step(run) >= 5:
+                    (held[run],) = [process for process in self.trainings() if run in process.cmdline()]
+                    held[run].suspend()
+            return len(held) == len(self.runs) or controller.poll() is not None
+
+        wait_for(all_held)
+        return list(held.values())
+
+    def commit(self) -> str:
+        """Make a commit, as if code or settings had changed; return its hash."""
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        git = ["git", "-C", str(self.folder)]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
     def trainings(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
@@ -126,7 +148,7 @@ def stormy(prepared, tmp_path) -> Iterator[Orphaned]:
         process.kill()
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -135,11 +157,10 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 @pytest.mark.parametrize("choice", ["--adopt", "--end"])
 def test_what_a_killed_snakemake_left_is_shown_kept_or_ended_and_goes_on_to_the_same_bits(prepared, stormy, choice):
+    before = stormy.commit()
     controller = stormy.start()
-    wait_for(lambda: all(stormy.step(run) >= 5 for run in stormy.runs) or controller.poll() is not None)
-    held = stormy.trainings()
-    for process in held:
-        process.suspend()
+    held = stormy.hold(controller)
+    after = stormy.commit()
 
     # While it lives.
     second = stormy.snakemake("--", *stormy.targets, check=False)
@@ -153,7 +174,7 @@ def test_what_a_killed_snakemake_left_is_shown_kept_or_ended_and_goes_on_to_the_
     assert "is alive" in refused.stderr
 
     controller.kill()
-    controller.wait(10)
+    controller.wait(60)
     second = stormy.snakemake("--", *stormy.targets, check=False)
     assert second.returncode != 0
     assert who in second.stderr
@@ -174,11 +195,14 @@ def test_what_a_killed_snakemake_left_is_shown_kept_or_ended_and_goes_on_to_the_
         wait_for(lambda: all(log.exists() and "already being trained by" in log.read_text() for log in logs))
         for process in held:
             process.resume()
-    assert controller.wait(300) == 0, stormy.printed()
+    assert controller.wait(900) == 0, stormy.printed()
     for run in stormy.runs:
         resumed = stormy.summary(run)["resumed_from"]
         assert resumed is None if choice == "--adopt" else resumed >= 5
         assert stormy.learned(run) == prepared.learned(run)
+        # The code that ran is that of the commit at which the training began.
+        provenance = json.loads((stormy.folder / f"results/tiny/provenance/{run}.json").read_text())
+        assert provenance["commit"] == (before if choice == "--adopt" else after)
     wait_for(lambda: not stormy.trainings())  # a training gives its lock back before its process has ended
     assert stormy.finegrid("orphans", "tiny").stdout.startswith("Nothing runs for study tiny")
     assert stormy.snakemake("--", *stormy.targets).returncode == 0
@@ -186,9 +210,11 @@ def test_what_a_killed_snakemake_left_is_shown_kept_or_ended_and_goes_on_to_the_
 
 def test_ctrl_c_saves_checkpoints_and_leaves_no_lock(prepared, stormy):
     controller = stormy.start()
-    wait_for(lambda: all(stormy.step(run) >= 5 for run in stormy.runs) or controller.poll() is not None)
+    held = stormy.hold(controller)
     os.killpg(controller.pid, signal.SIGINT)
-    assert controller.wait(120) != 0
+    for process in held:
+        process.resume()
+    assert controller.wait(600) != 0
     wait_for(lambda: not stormy.trainings())
     assert "Traceback" not in stormy.printed()
     output = stormy.snakemake("--", *stormy.targets).stderr

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finegrid import layout, packing, versions_cli
+from finegrid import layout, packing, provenance, versions_cli
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
 from finegrid.staging import (
@@ -233,6 +233,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 command = ["train", study, run, *(["--log", str(log)] if log else [])]
                 launch.start(the_run.settings, command, progress, stop, checkpoints)
                 return
+            made_at = provenance.commit(Path.cwd())
             from finegrid.training.train import train
 
             train(
@@ -248,7 +249,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 stop=stop,
             )
             if is_first:
-                _write_run_records(the_study, the_run)
+                _write_run_records(the_study, the_run, made_at)
             if worker is not None:
                 launch.leave()
 
@@ -271,6 +272,7 @@ def evaluate(
             progress("evaluated in its pack")
             return
         results = layout.RESULTS / the_study.name
+        made_at = provenance.commit(Path.cwd())
         with live_state(scratch / the_study.name / run / "evaluation.json", run, log) as tell:
             from finegrid.evaluation.evaluate import evaluate
 
@@ -289,7 +291,7 @@ def evaluate(
                 metrics=results / "metrics" / f"{run}.json",
                 progress=say,
             )
-        _write_evaluation_provenance(the_study, the_run, packing.device_name(the_run))
+        _write_evaluation_provenance(the_study, the_run, packing.device_name(the_run), made_at)
 
 
 @app.command("train-pack")
@@ -695,10 +697,8 @@ def _staged(place: Staging, identity: Callable[[], dict]) -> dict | None:
     return done
 
 
-def _write_run_records(study: Study, run: Run, made_at: dict | None = None) -> None:
-    """Write a trained run's settings and provenance; ``made_at`` is the commit, if that was another's."""
-    from finegrid import provenance
-
+def _write_run_records(study: Study, run: Run, made_at: dict) -> None:
+    """Write a trained run's settings and provenance; ``made_at`` is the commit at which its training began."""
     results = layout.RESULTS / study.name
     write_json(results / "settings" / f"{run.id}.json", run.settings.model_dump(mode="json"))
     summary = json.loads((results / "training" / f"{run.id}.json").read_text())
@@ -720,9 +720,8 @@ def _write_run_records(study: Study, run: Run, made_at: dict | None = None) -> N
     )
 
 
-def _write_evaluation_provenance(study: Study, run: Run, device: str, made_at: dict | None = None) -> None:
+def _write_evaluation_provenance(study: Study, run: Run, device: str, made_at: dict) -> None:
     """Of a scoring, an untrained model's too; no output of the rule, for it says nothing that later stages hang on."""
-    from finegrid import provenance
     from finegrid.fingerprint import code_fingerprint, short_hash
 
     results, tokens = layout.RESULTS / study.name, layout.tokens_folder(run)
@@ -757,8 +756,6 @@ def _study_inputs(study: Study) -> dict[str, Path]:
 def _write_study_provenance(
     study: Study, output: Path, inputs: dict[str, Path], code: str, made_at: dict[str, object] | None = None
 ) -> None:
-    from finegrid import provenance
-
     runs = [layout.RESULTS / study.name / "provenance" / f"{run.id}.json" for run in study.runs]
     facts = {"study": study.name, "code": code, "command": _command(), **provenance.of_runs(runs)}
     provenance.write(output, Path.cwd(), inputs=inputs, made_at=made_at, keep=True, **facts)
