@@ -72,9 +72,10 @@ class Project:
         self.controllers.append(controller)
         return controller
 
-    def finish(self, controller: subprocess.Popen, seconds: float = 600) -> str:
+    def finish(self, controller: subprocess.Popen, seconds: float = 1800) -> str:
         """Wait until a controller has ended well; return what all of them printed so far."""
-        controller.wait(seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            controller.wait(seconds)
         printed = self.printed()
         assert controller.returncode == 0, printed
         return printed

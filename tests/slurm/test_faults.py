@@ -137,7 +137,7 @@ def test_a_job_of_a_dead_controller_is_taken_over(cluster_project, calm, storm):
 def test_no_run_was_trained_twice_at_once(cluster_project, storm):
     occupied = {job.job: job for job in cluster_project.slurm.occupied()}
     for run in storm[:4]:
-        times = sorted(occupied[job["id"]] for job in jobs_of_run(cluster_project, run))
+        times = sorted((occupied[job["id"]] for job in jobs_of_run(cluster_project, run)), key=lambda job: job.begin)
         for before, after in itertools.pairwise(times):
             assert before.end <= after.begin
 
@@ -151,7 +151,8 @@ def test_runs_of_nodes_that_died_go_on_when_they_are_back(cluster_project, calm)
     for node in project.slurm.nodes:
         project.slurm.kill_node(node)
     jobs = training_jobs(project, "outage")
-    assert {job["state"] for job in jobs} == {"PENDING"}
+    for job in jobs:
+        wait_until(lambda job=job: state(project, job["id"]) == "PENDING")
     for node in project.slurm.nodes:
         project.slurm.revive_node(node)
     project.slurm.start_again(*(job["id"] for job in jobs))
@@ -253,30 +254,40 @@ def state(project: Project, job: str) -> str:
 
 
 def hold_after_checkpoint(project: Project, study: str, names: list[str]) -> None:
-    """Stop the training of each run when it begins its second checkpoint: the first is complete then."""
-    waiting = set(names)
+    """Stop the training of each run when it begins its second checkpoint: the first is complete then.
+
+    Its process is looked for before, at the first checkpoint, which takes a while: a run has many steps to go then.
+    """
+    waiting, processes = set(names), {}
 
     def all_held() -> bool:
         for run in sorted(waiting):
-            folder = project.folder / f"scratch/{study}/{run}"
-            if len([path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]) > 1:
+            found = [path.name for path in (project.folder / f"scratch/{study}/{run}").glob("checkpoint-*")]
+            whole = len([name for name in found if re.fullmatch(r"checkpoint-\d+", name)])
+            if whole > 0 and run not in processes:
                 (job,) = [job["id"] for job in training_jobs(project, study) if run_of(job) == run]
-                to_training(project, job, signal.SIGSTOP)
+                processes[run] = process_that_trains(project, job)
+            elif whole > 1:
+                os.kill(processes[run], signal.SIGSTOP)
                 waiting.discard(run)
         return not waiting
 
-    wait_until(all_held)
+    wait_until(all_held, seconds_between=0.02)
 
 
-def wait_until(there: Callable[[], bool], seconds: float = 300) -> None:
+def wait_until(there: Callable[[], bool], seconds: float = 900, seconds_between: float = 0.1) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
+        time.sleep(seconds_between)
 
 
 def to_training(project: Project, job: str, number: signal.Signals) -> None:
     """Send a signal to the process that trains in a job."""
+    os.kill(process_that_trains(project, job), number)
+
+
+def process_that_trains(project: Project, job: str) -> int:
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={project.slurm.folder}/slurm.conf".encode()}
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -288,4 +299,4 @@ def to_training(project: Project, job: str, number: signal.Signals) -> None:
         if wanted <= set(variables) and b"train" in words and any(word.endswith(b"/finegrid") for word in words):
             found.append(int(process.name))
     assert len(found) == 1, found
-    os.kill(found[0], number)
+    return found[0]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from test_faults import LONGER, STUDY, runs, targets, training_jobs, wait_until
+from test_faults import LONGER, STUDY, runs, targets, to_training, training_jobs, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +21,7 @@ def test_jobs_of_a_dead_controller_are_shown_ended_and_gone_on_with(cluster_proj
     history = project.folder / f"scratch/orphaned/{run}/history.csv"
     wait_until(lambda: history.exists() and len(history.read_text().splitlines()) > 20)
     (job,) = training_jobs(project, "orphaned")
+    to_training(project, job["id"], signal.SIGSTOP)  # until it is ended: it must not come to its end before
     controller.send_signal(signal.SIGKILL)
     controller.wait()
 

@@ -8,6 +8,7 @@ import re
 import time
 
 import pytest
+from cluster import GPUS
 from finegrid.study import load_study
 from login_node import RECIPE
 from snakemake_executor_plugin_finegrid_slurm import SNAKEMAKE_MB
@@ -68,11 +69,13 @@ def finished(cluster_project) -> Finished:
     cluster_project.write_study("grid", STUDY)
     controller = cluster_project.start("grid")
     slurm = cluster_project.slurm
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while time.monotonic() < end and controller.poll() is None:
-        waiting = [job for job in cluster_project.jobs() if job["state"] == "PENDING" and ".train_" in job["name"]]
-        if len(waiting) > 2:
-            starved = waiting[-1]["id"]  # the last: it stays in the queue while we change it
+        trainings = [job for job in cluster_project.jobs() if ".train_" in job["name"]]
+        waiting = [job for job in trainings if job["state"] == "PENDING"]
+        # All GPUs are taken, and others come before the last: it stays in the queue while we change it.
+        if [job["state"] for job in trainings].count("RUNNING") == GPUS and len(waiting) > 2:
+            starved = max((job["id"] for job in waiting), key=int)
             slurm.run("scontrol", "update", f"JobId={starved}", f"MinMemoryNode={TOO_LITTLE}")
             break
         time.sleep(0.1)
@@ -113,7 +116,7 @@ def test_each_job_had_a_gpu_of_its_own_and_four_ran_at_a_time(finished):
         there = [job for job in occupied if job.begin <= moment < job.end]
         assert len({device for job in there for device in job.devices}) == len(there), there
         at_a_time.append(len(there))
-    assert max(at_a_time) == 4
+    assert max(at_a_time) == GPUS
 
 
 def test_jobs_asked_for_what_the_plan_says(finished):

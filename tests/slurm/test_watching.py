@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import Slurm, why_not
 from finegrid.files import write_json
+from finegrid.training.state import read_state
 from finegrid.watch import Watcher
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -20,7 +21,7 @@ from finegrid.training.state import live_state
 run = sys.argv[1]
 with live_state(Path("scratch/grid", run, "state.json"), run, Path("logs/train/grid", run + ".log")) as tell:
     tell(state="training", step=3, steps=9)
-    time.sleep(300)
+    time.sleep(3000)
 """
 
 
@@ -35,7 +36,7 @@ def states(watcher: Watcher) -> list[str]:
 
 
 def wait_for(watcher: Watcher, expected: list[str]) -> None:
-    found, end = [], time.monotonic() + 60
+    found, end = [], time.monotonic() + 300
     while found != expected:
         assert time.monotonic() < end, f"{found} instead of {expected}"
         time.sleep(0.5)
@@ -54,7 +55,7 @@ def test_jobs_are_told_as_slurm_moves_them(tmp_path, monkeypatch):
         assert states(watcher) == ["waiting"] * 6
         jobs = [submit(slurm, tmp_path, run_name(number)) for number in range(6)]
         wait_for(watcher, ["running"] * 4 + ["queued"] * 2)
-        wait_for_files(tmp_path, 4)
+        wait_for_steps(tmp_path, 4)
         row = watcher.look().rows[0]
         assert (row.doing, row.node) == ("training", slurm.nodes[0])
         # One is cancelled, one is put back into the queue: the two that waited take their places.
@@ -75,9 +76,9 @@ def submit(slurm: Slurm, project: Path, run: str) -> str:
     return slurm.run("sbatch", *options, f"--wrap=exec {sys.executable} job.py {run}").strip()
 
 
-def wait_for_files(project: Path, count: int) -> None:
-    end = time.monotonic() + 60
-    while len(list(project.glob("scratch/grid/*/state.json"))) < count:
+def wait_for_steps(project: Path, count: int) -> None:
+    """Wait for the second sign of life of each run: it tells of the step."""
+    end = time.monotonic() + 300
+    while [read_state(path)["step"] for path in project.glob("scratch/grid/*/state.json")] != [3] * count:
         assert time.monotonic() < end
         time.sleep(0.2)
-    time.sleep(6)  # the second sign of life tells of the step

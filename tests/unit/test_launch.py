@@ -87,7 +87,7 @@ class Project:
         return self.finish(arm, self.start(arm), status)
 
     def finish(self, arm: str, process: subprocess.Popen, status: int = 0) -> str:
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=900)[0]
         assert process.returncode == status, output + self.log(arm)[-5000:]
         return output
 
@@ -137,7 +137,7 @@ class Project:
         return self.folder / layout.weights_folder("study", self.study.run(self.run_of(arm)))
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -276,7 +276,7 @@ def test_workers_die_with_a_killed_launcher(project):
     assert len(project.workers(arm)) == 2
     process.kill()
     process.communicate()
-    wait_for(lambda: not project.workers(arm), seconds=10)
+    wait_for(lambda: not project.workers(arm))
 
 
 @pytest.mark.slow

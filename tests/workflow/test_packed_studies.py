@@ -144,13 +144,16 @@ def test_a_killed_pack_goes_on_without_training_again_what_was_done(copy):
     controller = subprocess.Popen(
         command, cwd=copy.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    family = [psutil.Process(controller.pid)]
     try:
+        wait_for(lambda: step(copy, second) >= 1 or controller.poll() is not None)
+        family = [*family[0].children(recursive=True), *family]  # looked for in time: 60 steps are soon done
         wait_for(lambda: step(copy, second) >= 10 or controller.poll() is not None)
     finally:
-        for process in [*psutil.Process(controller.pid).children(recursive=True), psutil.Process(controller.pid)]:
+        for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        controller.wait(10)
+        controller.wait(60)
     staged = copy.folder / f"scratch/tiny/packed/{first}/train/summary.json"
     before = staged.read_bytes()
     copy.snakemake("--unlock")
@@ -167,7 +170,7 @@ def step(project: Packed, run: str) -> int:
     return 0
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
