@@ -16,7 +16,7 @@ import pytest
 from finegrid.training import lock as module
 from finegrid.training.lock import RunLock, read_owner
 from test_launch import Project, wait_for
-from test_stopping import ROWS, SLOW, everything_learned, start_and_wait
+from test_stopping import ROWS, SLOW, everything_learned, start_and_wait, to_all_processes
 
 HOLD = """
 import sys, time
@@ -197,7 +197,6 @@ def test_where_the_file_system_has_no_locks_the_owner_file_does(tmp_path, monkey
 @pytest.fixture(scope="module")
 def projects(tiny_model_dir, tmp_path_factory) -> tuple[Project, Project]:
     folder = tmp_path_factory.mktemp("projects")
-    # Long enough for a second command to start before the first one's end.
     saving = {"training_args.save_strategy": "steps", "training_args.save_steps": 10, "training_args.max_steps": 150}
     arms = {"one": SLOW | saving, "two": SLOW | saving | {"gpus": 2}}
     return tuple(Project(folder / name, tiny_model_dir, ROWS, arms) for name in ("calm", "stormy"))
@@ -208,8 +207,11 @@ def projects(tiny_model_dir, tmp_path_factory) -> tuple[Project, Project]:
 def test_of_two_commands_one_trains_and_the_other_finds_it_trained(projects, arm):
     project = projects[1]
     first = start_and_wait(project, arm, 5)
+    to_all_processes(first, signal.SIGSTOP)  # it must not end before the second has come
     second = project.start(arm)
-    outputs = project.finish(arm, first), project.finish(arm, second)
+    said = second.stdout.readline() + second.stdout.readline()
+    to_all_processes(first, signal.SIGCONT)
+    outputs = project.finish(arm, first), said + project.finish(arm, second)
     assert "done: 150 steps" in outputs[0]
     assert f"already being trained by process {first.pid} on {socket.gethostname()}, since" in outputs[1]
     assert outputs[1].splitlines()[-1].endswith("the other process has trained it")
@@ -223,10 +225,10 @@ def test_after_a_kill_the_one_that_waits_goes_on_to_the_same_bits(projects):
     calm, stormy = projects
     arm = "one"
     first = start_and_wait(stormy, arm, 15)
+    first.send_signal(signal.SIGSTOP)
     second = stormy.start(arm)
     second.stdout.readline()
     assert "already being trained" in second.stdout.readline()
-    first.send_signal(signal.SIGSTOP)
     first.kill()
     first.communicate()
     output = stormy.finish(arm, second)
