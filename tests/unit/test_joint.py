@@ -199,6 +199,23 @@ def test_what_can_not_be_joined_trains_beside_with_a_reason(tokens, tiny_model_d
         assert reason in note
 
 
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_where_a_pass_fails_each_run_makes_its_step_alone(tokens, tiny_model_dir, tmp_path, monkeypatch, place):
+    runs = {name: recipe(*RUNS[name]) for name in ("plain", "dropped")}
+
+    def no_room(*given, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    if place == "forward":
+        monkeypatch.setattr(JointPass, "_losses", no_room)
+    else:
+        monkeypatch.setattr(torch.autograd, "grad", no_room)
+    together(runs, tokens, tiny_model_dir, tmp_path / "together")
+    for name, settings in runs.items():
+        one(settings, tokens, tiny_model_dir, tmp_path / "alone" / name)
+        assert furthest(weights(tmp_path / "together" / name), weights(tmp_path / "alone" / name)) == 0
+
+
 def test_a_lack_of_memory_in_one_lane_ends_all(tmp_path):
     ended = []
 

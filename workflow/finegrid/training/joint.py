@@ -10,6 +10,7 @@ they are where the same run has other runs beside it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class JointPass:
         self._adapters: ManyAdapters | None = None
         self._head: nn.Module | None = None
         self._trainers: dict[str, LabelTokenTrainer] = {}
+        self._trained: dict[str, list[nn.Parameter]] = {}
+        self._no_room = False
 
     def join(self, lane: Lane, trainer: LabelTokenTrainer) -> str | None:
         """Take a run in; or say why its steps can't be made with others'."""
@@ -48,6 +51,7 @@ class JointPass:
         if reason is not None:
             return reason
         self._trainers[lane.name] = trainer
+        self._trained[lane.name] = [each for each in trainer.model.parameters() if each.requires_grad]
         self._adapters.add(lane.name, trainer.model)
         return None
 
@@ -62,27 +66,33 @@ class JointPass:
     def leave(self, lane: Lane) -> None:
         """Forget a run."""
         if self._trainers.pop(lane.name, None) is not None:
+            del self._trained[lane.name]
             self._adapters.remove(lane.name)
 
     def __call__(self, lanes: Sequence[Lane]) -> None:
         """Make a pass: gradients are added to the adapters' parameters, and each lane's answer is its batch's share
         of its window's loss, detached.
 
-        A pass that fails before any gradient is there leaves every lane to make its step by itself: so a bad batch is
-        one run's own. Later, each gets the error.
+        A pass that fails leaves no gradient, and every lane to make its step by itself: so a bad batch is one run's
+        own. After one for which the memory wasn't enough there are no more.
         """
+        if self._no_room:
+            return
         started = time.monotonic()
         sizes = [lane.batch[0]["input_ids"].shape[1] for lane in lanes]
+        parameters = [each for lane in lanes for each in self._trained[lane.name]]
         try:
-            losses = self._losses(lanes, sizes)
-        except (RuntimeError, ValueError, IndexError):
+            with contextlib.ExitStack() as stack:
+                for lane in lanes:
+                    stack.enter_context(lane.undrawn_on_failure())
+                losses = self._losses(lanes, sizes)
+                gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+        except (RuntimeError, ValueError, IndexError) as error:
+            self._no_room = isinstance(error, torch.OutOfMemoryError)
             return
-        try:
-            losses.sum().backward()
-        except RuntimeError as error:
-            for lane in lanes:
-                lane.answer = error
-            return
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         seconds = time.monotonic() - started
         for lane, loss, size in zip(lanes, losses.detach(), sizes, strict=True):
             lane.answer = loss

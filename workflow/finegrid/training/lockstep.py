@@ -74,6 +74,16 @@ class Lane:
         """Return a context in which torch draws from this lane's random numbers, for its part of a pass."""
         return self._globals.drawing()
 
+    @contextlib.contextmanager
+    def undrawn_on_failure(self) -> Iterator[None]:
+        """Forget what was drawn in a block that fails."""
+        before = self._globals.cpu, self._globals.gpus
+        try:
+            yield
+        except BaseException:
+            self._globals.cpu, self._globals.gpus = before
+            raise
+
     def add_seconds(self, seconds: float) -> None:
         """Count a share of a pass."""
         self._seconds += seconds
