@@ -21,11 +21,17 @@ MISSED = 1e-6
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _WORDS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+_ASCII_WORDS = re.compile(r"\w+", re.ASCII)  # the same for ASCII texts, three times faster
 
 
 def shingles(text: str) -> frozenset[str]:
     """Return the set of a text's word 3-grams; a text of fewer words is one of its own, without words it has none."""
-    words = _WORDS.findall(normalise(text))
+    return shingles_of_normalised(normalise(text))
+
+
+def shingles_of_normalised(text: str) -> frozenset[str]:
+    """Return :func:`shingles` of a text that is normalised already."""
+    words = (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
     if len(words) < WORDS_IN_SHINGLE:
         return frozenset([" ".join(words)] if words else [])
     triples = zip(words, words[1:], words[2:], strict=False)

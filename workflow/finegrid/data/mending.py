@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,8 @@ def mend_split(
 def text_of(file: BinaryIO, entry: Entry) -> str:
     """Return the text of a row for comparing: all its messages but the system message, one a line."""
     file.seek(entry.begin)
-    return _compared_text(json.loads(file.read(entry.length))["messages"])
+    messages = json.loads(file.read(entry.length))["messages"]
+    return _compared(messages, (message["content"] for message in messages))
 
 
 def mend(messages: list[Message], steps: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -156,7 +157,7 @@ def _entry(row: dict[str, Any], length: int, sketch: bool) -> Entry:
         prompt_chars=sum(len(message["content"]) for message in prompt),
         answer_chars=len(answer["content"]),
         empty=_empty_side(messages),
-        sketch=_sketch(messages) if sketch else None,
+        sketch=_sketch(messages, texts) if sketch else None,
         begin=0,
         length=length,
     )
@@ -175,14 +176,15 @@ def _empty_side(messages: Sequence[Message]) -> str:
     return next((sides[role] for role in empty if role in sides), "")
 
 
-def _sketch(messages: Sequence[Message]) -> Any:
-    from finegrid.data.duplicates import shingles, signature
+def _sketch(messages: Sequence[Message], normalised: Sequence[str]) -> Any:
+    from finegrid.data.duplicates import shingles_of_normalised, signature
 
-    return signature(shingles(_compared_text(messages)))
+    return signature(shingles_of_normalised(_compared(messages, normalised)))
 
 
-def _compared_text(messages: Sequence[Message]) -> str:
-    return "\n".join(message["content"] for message in messages if message["role"] != "system")
+def _compared(messages: Sequence[Message], texts: Iterable[str]) -> str:
+    """Join the texts of messages as a row is compared: all but the system message's, one a line."""
+    return "\n".join(text for message, text in zip(messages, texts, strict=True) if message["role"] != "system")
 
 
 def _difference(before: str, after: str) -> Example:

@@ -114,6 +114,14 @@ class _Skeleton:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """A conversation up to its last answer, and what the template writes around its contents."""
+
+    messages: Messages
+    skeleton: _Skeleton
+
+
+@dataclass(frozen=True)
 class _Rendered:
     """A conversation as text; places are characters."""
 
@@ -166,7 +174,7 @@ class ChatTemplate:
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
         """Return the conversation as text; with ``prompt`` also the header that asks for the next answer."""
-        return self._render(messages, prompt, marks=False)[0]
+        return self._render([messages], prompt)[0][0]
 
     def encode(self, rows: Sequence[Messages]) -> list[Tokens | RowRefused]:
         """Tokenise conversations, each up to its last assistant message; one result a row, in order.
@@ -176,7 +184,7 @@ class ChatTemplate:
         Raises:
             UserError: the template's prompt is no beginning of the conversations it writes.
         """
-        rendered = [self._attempt(self._place, row) for row in rows]
+        rendered = self._rendered([self._attempt(self._question, row) for row in rows])
         texts = [item.text for item in rendered if isinstance(item, _Rendered)]
         # The template writes every special token: to have them added once more is how a BOS gets doubled.
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
@@ -239,12 +247,14 @@ class ChatTemplate:
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Messages, prompt: bool, marks: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self, rows: Sequence[Messages], prompt: bool, marks: bool = False
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """Return the text of each row and, with ``marks``, the character ranges of its generation marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
         texts, ranges = render_jinja_template(
-            conversations=[plain],
+            conversations=[[{key: message[key] for key in ("role", "content")} for message in row] for row in rows],
             chat_template=self.template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks,
@@ -252,7 +262,7 @@ class ChatTemplate:
             date_string=FIXED_DATE,
             **self.tokenizer.special_tokens_map,
         )
-        return texts[0], list(ranges[0]) if marks else []
+        return texts, [list(found) for found in ranges] if marks else [[] for _ in rows]
 
     def _attempt(self, function: Callable, *arguments) -> Any:
         try:
@@ -262,17 +272,43 @@ class ChatTemplate:
         except TemplateError as error:
             return RowRefused(f"template_refuses: {error}")
 
-    def _place(self, messages: Messages) -> _Rendered:
-        """Render a row and find its contents, its last answer's start and what is taught, in characters."""
+    def _question(self, messages: Messages) -> _Row:
+        """Return the row up to its last answer, with the literals of its roles."""
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None:
             raise RowRefused("no_answer")
         messages = messages[: last + 1]
         skeleton = self.skeleton(tuple(message["role"] for message in messages))
-        contents = [message["content"] for message in messages]
-        if any(token in content for content in contents for token in skeleton.structure):
+        if any(token in message["content"] for message in messages for token in skeleton.structure):
             raise RowRefused("special_token_in_text")
-        text, marks = self._render(messages, False, self.marked)
+        return _Row(messages, skeleton)
+
+    def _rendered(self, rows: Sequence[_Row | RowRefused]) -> list[_Rendered | RowRefused]:
+        """Render the rows that are not refused yet, and place what is in them."""
+        good = [row for row in rows if isinstance(row, _Row)]
+        # All in one call: for a short row, what transformers does around a template costs as much as the template.
+        try:
+            texts, marks = self._render([row.messages for row in good], prompt=False, marks=self.marked)
+            asked = [row.messages[:-1] for row in good if len(row.messages) > 1]
+            prompts = iter(self._render(asked, prompt=True)[0])
+        except TemplateError as error:
+            if len(rows) == 1:
+                return [RowRefused(f"template_refuses: {error}")]
+            return [self._rendered([row])[0] for row in rows]
+        found = zip(texts, marks, strict=True)
+        return [
+            self._attempt(self._place, row, *next(found), next(prompts) if len(row.messages) > 1 else None)
+            if isinstance(row, _Row)
+            else row
+            for row in rows
+        ]
+
+    def _place(self, row: _Row, text: str, marks: list[tuple[int, int]], prompt: str | None) -> _Rendered:
+        """Find a row's contents, its last answer's start and what is taught in its text, in characters.
+
+        ``prompt`` is what generation would be given for the answer; None: there is nothing before it.
+        """
+        skeleton, contents = row.skeleton, [message["content"] for message in row.messages]
         spans = _match(skeleton.literals, text, contents)
         if spans is None:
             # An answer that brings its own thinking block stands where the template would write an empty one.
@@ -281,12 +317,12 @@ class ChatTemplate:
         if spans is None:
             raise RowRefused("template_changes_the_text")
         answer_start = spans[-1][0] - skeleton.answers[-1].lead
-        if last and self.render(messages[:-1], prompt=True) != text[:answer_start]:
+        if prompt is not None and prompt != text[:answer_start]:
             raise RowRefused("prompt_is_no_prefix")
         if skeleton.append_end:
             # What follows may melt with the answer's last character into one token ("." + line breaks).
             text = text[: spans[-1][1]]
-        taught = self._taught(messages, spans, skeleton, marks)
+        taught = self._taught(row.messages, spans, skeleton, marks)
         return _Rendered(text, tuple(spans), answer_start, tuple(taught), skeleton)
 
     def _taught(
@@ -468,12 +504,10 @@ def load_template(model: Path, chat_template: str | None = None, trust_remote_co
     Raises:
         UserError: no such folder or file, no tokenizer in it, or a template that cannot be used.
     """
-    from transformers import AutoTokenizer
-
     if not model.is_dir():
         raise UserError(f"model.model_name_or_path: {model} is no folder; expected the base model's files")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = _load_tokenizer(model, trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.model_name_or_path: {model} has no tokenizer that loads ({error})") from error
     if chat_template is not None:
@@ -483,6 +517,28 @@ def load_template(model: Path, chat_template: str | None = None, trust_remote_co
     else:
         source, place, template = "plain", f"plain template for {model.name}", PLAIN_TEMPLATE
     return ChatTemplate(tokenizer, template, source, place, _end_ids(model))
+
+
+def _load_tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder, as ``AutoTokenizer`` finds it.
+
+    AutoTokenizer looks at the model's configuration, whose own class imports all that a model of the kind may need
+    (more than a second). Where ``tokenizer_config.json`` names the tokenizer's class itself, the values are enough.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    config = None
+    named, values = _json(model / "tokenizer_config.json"), _json(model / "config.json")
+    if "tokenizer_class" in named and not {"auto_map"} & (named.keys() | values.keys()):
+        config = PreTrainedConfig(**{key: values[key] for key in ("model_type", "model_name") if key in values})
+        config.name_or_path = str(model)
+    return AutoTokenizer.from_pretrained(
+        model, config=config, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _read(path: Path) -> str:
