@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
+from finegrid.data.words import WordEncoder
 from finegrid.errors import UserError
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class ChatTemplate:
             )
         self.tokenizer, self.template, self.source, self.place = tokenizer, template, source, place
         self._backend = _exact_backend(tokenizer)
+        self._encoder = WordEncoder(self._backend)
         self.marked = bool(_GENERATION.search(template))
         self.end_ids = frozenset([*end_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
@@ -187,7 +189,7 @@ class ChatTemplate:
         rendered = self._rendered([self._attempt(self._question, row) for row in rows])
         texts = [item.text for item in rendered if isinstance(item, _Rendered)]
         # The template writes every special token: to have them added once more is how a BOS gets doubled.
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encodings = iter(self._encoder.encode_batch(texts))
         return [
             item if isinstance(item, RowRefused) else self._attempt(self._align, item, next(encodings))
             for item in rendered
