@@ -2,8 +2,9 @@
 
 Reads the imported splits; writes ``train, validation, test .jsonl``, ``rejects.jsonl`` (every row that is not in them,
 with its reason), ``report.json`` and ``timing.json``. The steps run in the order of the settings' ``cleaning``
-section. The first pass mends texts, in ``num_proc`` processes, and keeps some hundred bytes a row: digests decide
-the rest. The report depends on data and settings alone, seconds are kept apart in ``timing.json``.
+section. The first pass mends texts, in ``num_proc`` processes, and keeps about a hundred bytes a row: digests decide
+the rest, and the keys by which near duplicates are found wait in files. The report depends on data and settings alone,
+seconds are kept apart in ``timing.json``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finegrid.data.leakage import HELD_OUT, NOTHING, HeldOut, count_leaks
-from finegrid.data.mending import Entry, mend_split, text_of
+import numpy as np
+
+from finegrid.data.leakage import HELD_OUT, KINDS, NOTHING, HeldOut, Leak, count_leaks
+from finegrid.data.mending import DIGEST, Row, Rows, mend_split
 from finegrid.data.rows import (
     SPLITS,
     Progress,
@@ -42,7 +46,7 @@ FAILED = ("failed-rejects.jsonl", "failed-report.json")
 EXAMPLES = 3
 QUANTILES = (50, 90, 99)
 
-Rows = dict[str, list[Entry]]
+Splits = dict[str, Rows]
 
 
 def clean(settings: RunSettings, imported: Path, output: Path, progress: Progress = quiet) -> dict[str, Any]:
@@ -82,156 +86,194 @@ def clean(settings: RunSettings, imported: Path, output: Path, progress: Progres
     return report | timing
 
 
-def _clean(config: DataConfig, imported: Path, partial: Path, progress: Progress) -> tuple[Rows, dict[str, Any]]:
+def _clean(config: DataConfig, imported: Path, partial: Path, progress: Progress) -> tuple[Splits, dict[str, Any]]:
     """Write the splits and the rejects into ``partial``; return all rows with what became of them, and the report."""
     cleaning = config.cleaning
-    sketch_for = {"train": cleaning.near_duplicates or cleaning.leaked_near}
+    keys = _band_keys(cleaning, partial)
     rows, changed, examples = {}, {}, {}
     for split in SPLITS:
         mended = mend_split(
             imported / f"{split}.jsonl",
             partial / f"mended-{split}.jsonl",
             steps=[step for step in TEXT_STEPS if getattr(cleaning, step)],
-            sketch=sketch_for.get(split, cleaning.leaked_near),
+            keys=keys.get(split),
             num_proc=config.num_proc,
             progress=lambda done, split=split: progress(f"{split}: {done:,} rows mended"),
         )
-        rows[split], changed[split] = mended.entries, mended.changed
+        rows[split], changed[split] = mended.rows, mended.changed
         for step, found in mended.examples.items():
             examples[step] = [*examples.get(step, []), *found][:EXAMPLES]
     texts = {split: partial / f"mended-{split}.jsonl" for split in SPLITS}
-    found = _reject(cleaning, rows, texts, progress)
+    found = _reject(cleaning, rows, texts, keys, progress)
     _draw(config, rows)
     _write(rows, texts, partial)
     return rows, _report(config, imported, rows, changed, examples, found)
 
 
+def _band_keys(cleaning: Any, partial: Path) -> dict[str, Any]:
+    """Return where the splits that are searched for near duplicates keep the keys of their rows."""
+    searched = SPLITS if cleaning.leaked_near else SPLITS[:1] if cleaning.near_duplicates else ()
+    if not searched:
+        return {}
+    from finegrid.data.duplicates import BandKeys
+
+    return {split: BandKeys(cleaning.near_duplicate_threshold, partial / f"keys-{split}") for split in searched}
+
+
 # ---------------------------------------------------------------- rejecting
 
 
-def _reject(cleaning: Any, rows: Rows, texts: dict[str, Path], progress: Progress) -> dict[str, Any]:
+def _reject(
+    cleaning: Any, rows: Splits, texts: dict[str, Path], keys: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     """Give every row that a step rejects its step and reason; return what was found on the way."""
     for split in SPLITS:
-        for row in rows[split]:
-            if cleaning.empty and row.empty:
-                row.reject("empty", f"empty_{row.empty}")
-            _check_bounds(cleaning, row)
+        if cleaning.empty:
+            for number, side in rows[split].empty():
+                rows[split].reject(number, "empty", f"empty_{side}")
+        _check_bounds(cleaning, rows[split])
     duplicates = {split: _exact_duplicates(rows[split], cleaning.exact_duplicates) for split in SPLITS}
     if cleaning.near_duplicates:
-        _near_duplicates(_alive(rows["train"]), cleaning.near_duplicate_threshold, texts["train"], progress)
-    held_out = HeldOut({split: _alive(rows[split]) for split in HELD_OUT})
-    leaks = {row.id: held_out.leaks(row) for row in _alive(rows["train"])}
+        _near_duplicates(rows["train"], cleaning.near_duplicate_threshold, texts["train"], keys["train"], progress)
+    held_out = HeldOut({split: list(_alive(rows[split])) for split in HELD_OUT})
+    leaks = _leaks(rows["train"], held_out)
     found = count_leaks(leaks.values())
     for kind, step in LEAK_STEPS.items():
         if getattr(cleaning, step):
-            for row in _alive(rows["train"]):
-                first = next((leak for leak in leaks[row.id] if leak.kind == kind), None)
+            for number, leaked in leaks.items():
+                first = next((leak for leak in leaked if leak.kind == kind), None)
                 if first:
-                    row.reject(step, first.reason())
+                    rows["train"].reject(number, step, first.reason())
     if cleaning.leaked_near:
-        _near_leaks({split: _alive(rows[split]) for split in SPLITS}, cleaning, texts, progress)
+        _near_leaks(rows, cleaning.near_duplicate_threshold, texts, keys, progress)
     return {
         "exact": duplicates,
         "leaks": leaks,
         "found": found,
-        "overlap": held_out.overlap(_alive(rows["validation"])),
+        "overlap": held_out.overlap(list(_alive(rows["validation"]))),
     }
 
 
-def _alive(rows: Sequence[Entry]) -> list[Entry]:
-    return [row for row in rows if row.step is None]
+def _alive(rows: Rows) -> Iterator[Row]:
+    return map(rows.row, rows.alive().tolist())
 
 
-def _check_bounds(cleaning: Any, row: Entry) -> None:
+def _check_bounds(cleaning: Any, rows: Rows) -> None:
     for bound in BOUNDS:
         limit = getattr(cleaning, bound)
-        size = row.prompt_chars if "prompt" in bound else row.answer_chars
-        if limit is not None and (size < limit if bound.startswith("min") else size > limit):
-            row.reject(bound, f"{bound}: {size} characters")
+        if limit is None:
+            continue
+        sizes = rows.prompt_chars if "prompt" in bound else rows.answer_chars
+        past = sizes < limit if bound.startswith("min") else sizes > limit
+        for number in np.flatnonzero(past).tolist():
+            rows.reject(number, bound, f"{bound}: {sizes[number]} characters")
 
 
-def _exact_duplicates(rows: list[Entry], reject: bool) -> int:
+def _exact_duplicates(rows: Rows, reject: bool) -> int:
     """Return the number of rows whose messages an earlier row of the split has too, case and white space aside."""
-    first: dict[bytes, str] = {}
-    count = 0
-    for row in _alive(rows):
-        known = first.setdefault(row.messages, row.id)
-        if known is not row.id:
-            count += 1
-            if reject:
-                row.reject("exact_duplicates", f"exact_duplicate of {known}")
-    return count
+    alive = rows.alive()
+    _, first, same = np.unique(rows.messages[alive], return_index=True, return_inverse=True)
+    doubles = np.flatnonzero(first[same] != np.arange(len(alive)))
+    for double in doubles.tolist() if reject else ():
+        known = rows.id(alive[first[same[double]]])
+        rows.reject(int(alive[double]), "exact_duplicates", f"exact_duplicate of {known}")
+    return len(doubles)
 
 
-def _near_duplicates(rows: list[Entry], threshold: float, path: Path, progress: Progress) -> None:
+def _near_duplicates(rows: Rows, threshold: float, path: Path, keys: Any, progress: Progress) -> None:
     from finegrid.data.duplicates import Index
 
+    alive = rows.alive()
     with path.open("rb") as file:
-        index = Index(threshold, lambda number: text_of(file, rows[number]))
-        for number, row in enumerate(rows):
-            found = index.find(number, row.sketch)
+        bands = (band[alive] for band in keys.bands())
+        index = Index(threshold, bands, lambda number: rows.text(file, alive[number]))
+        for number in range(len(alive)):
+            found = index.find(number)
             if found:
-                other, similarity = rows[found[0]].id, found[1]
-                row.reject("near_duplicates", f"near_duplicate of {other} (Jaccard {similarity:.2f})")
+                other, similarity = rows.id(alive[found[0]]), found[1]
+                reason = f"near_duplicate of {other} (Jaccard {similarity:.2f})"
+                rows.reject(int(alive[number]), "near_duplicates", reason)
             else:
-                index.add(number, row.sketch)
-            progress(f"train: {number:,} of {len(rows):,} rows compared")
+                index.add(number)
+            progress(f"train: {number:,} of {len(alive):,} rows compared")
 
 
-def _near_leaks(rows: Rows, cleaning: Any, texts: dict[str, Path], progress: Progress) -> None:
+def _leaks(train: Rows, held_out: HeldOut) -> dict[int, list[Leak]]:
+    """Return row number -> what it leaks, of the rows that leak."""
+    suspects = [
+        train.turn_of(np.flatnonzero(np.isin(train.turns[:, part], held_out.texts(kind))))
+        for part, kind in enumerate(KINDS)
+    ]
+    leaking = np.intersect1d(np.concatenate(suspects), train.alive())
+    leaks = {number: held_out.leaks(train.row(number)) for number in leaking.tolist()}
+    return {number: found for number, found in leaks.items() if found}
+
+
+def _near_leaks(
+    rows: Splits, threshold: float, texts: dict[str, Path], keys: dict[str, Any], progress: Progress
+) -> None:
     from finegrid.data.duplicates import Index
 
-    numbered = [(split, row) for split in (*HELD_OUT, "train") for row in rows[split]]
-    files = {split: path.open("rb") for split, path in texts.items()}
-    try:
-        index = Index(
-            cleaning.near_duplicate_threshold,
-            lambda number: text_of(files[numbered[number][0]], numbered[number][1]),
-        )
+    numbered = [(split, number) for split in (*HELD_OUT, "train") for number in rows[split].alive().tolist()]
+    alive = {split: rows[split].alive() for split in SPLITS}
+    bands = (
+        np.concatenate([band[alive[split]] for split, band in zip((*HELD_OUT, "train"), parts, strict=True)])
+        for parts in zip(*(keys[split].bands() for split in (*HELD_OUT, "train")), strict=True)
+    )
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(path.open("rb")) for split, path in texts.items()}
+
+        def read(number: int) -> str:
+            split, row = numbered[number]
+            return rows[split].text(files[split], row)
+
+        index = Index(threshold, bands, read)
         for number, (split, row) in enumerate(numbered):
             if split != "train":
-                index.add(number, row.sketch)
+                index.add(number)
                 continue
-            found = index.find(number, row.sketch)
+            found = index.find(number)
             if found:
                 place, other = numbered[found[0]]
-                reason = f"leak: near duplicate in {place} ({other.id}, Jaccard {found[1]:.2f})"
-                row.reject("leaked_near", reason)
+                reason = f"leak: near duplicate in {place} ({rows[place].id(other)}, Jaccard {found[1]:.2f})"
+                rows["train"].reject(row, "leaked_near", reason)
             progress(f"train: {number:,} of {len(numbered):,} rows compared with held-out rows")
-    finally:
-        for file in files.values():
-            file.close()
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def _draw(config: DataConfig, rows: Rows) -> None:
+def _draw(config: DataConfig, rows: Splits) -> None:
     """Mark the rows that are not drawn; the draw depends on seed and ids, and a larger one holds the smaller."""
     for split in SPLITS:
-        left = _alive(rows[split])
+        left = rows[split].alive()
         wanted = len(left)
         if split == "train" and config.train_fraction is not None:
             wanted = max(1, round(config.train_fraction * wanted))
         wanted = min(wanted, getattr(config, f"max_{split}_samples") or wanted)
         if wanted < len(left):
-            left.sort(key=lambda row: draw_order(config.sample_seed, "sample", row.id))
-            for row in left[wanted:]:
-                row.reject(NOT_SAMPLED, NOT_SAMPLED)
+            places = bytearray()
+            for number in left.tolist():
+                places += draw_order(config.sample_seed, "sample", rows[split].id(number))
+            order = np.frombuffer(places, DIGEST).argsort(kind="stable")
+            rows[split].reject_all(left[order[wanted:]], NOT_SAMPLED)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def _write(rows: Rows, texts: dict[str, Path], partial: Path) -> None:
+def _write(rows: Splits, texts: dict[str, Path], partial: Path) -> None:
     with (partial / "rejects.jsonl").open("wb") as rejects:
         for split in SPLITS:
+            found = rows[split]
             with texts[split].open("rb") as lines, (partial / f"{split}.jsonl").open("wb") as kept:
-                for row, line in zip(rows[split], lines, strict=True):
-                    if row.step is None:
+                for number, line in zip(range(len(found)), lines, strict=True):
+                    step = found.step_of(number)
+                    if step is None:
                         kept.write(line)
                         continue
-                    head = {"id": row.id, "split": split, "stage": "clean", "step": row.step, "reason": row.reason}
+                    reason = found.reason(number)
+                    head = {"id": found.id(number), "split": split, "stage": "clean", "step": step, "reason": reason}
                     # The row is JSON already: it goes in as it is.
                     rejects.write(to_line(head)[:-2] + b', "row": ' + line[:-1] + b"}\n")
 
@@ -239,13 +281,13 @@ def _write(rows: Rows, texts: dict[str, Path], partial: Path) -> None:
 def _report(
     config: DataConfig,
     imported: Path,
-    rows: Rows,
+    rows: Splits,
     changed: dict[str, Counter],
     examples: dict[str, list[dict[str, str]]],
     found: dict[str, Any],
 ) -> dict[str, Any]:
     source = json.loads((imported / "report.json").read_text(encoding="utf-8"))
-    left = [found["leaks"][row.id] for row in _alive(rows["train"])]
+    left = [leaks for number, leaks in found["leaks"].items() if rows["train"].step_of(number) is None]
     return {
         "dataset": source["dataset"],
         "format": sorted({file["format"] for files in source["files"].values() for file in files if "format" in file}),
@@ -258,18 +300,18 @@ def _report(
         "leaks": {
             "found": found["found"],
             "left": count_leaks(left),
-            "rows_left": sum(1 for leaks in left if leaks),
+            "rows_left": len(left),
             "validation_in_test": found["overlap"],
         },
-        "characters": {split: _lengths(_alive(rows[split])) for split in SPLITS},
+        "characters": {split: _lengths(rows[split]) for split in SPLITS},
         "examples": examples | _reject_examples(rows),
         "cleaning": config.cleaning.model_dump(),
         "import": source,
     }
 
 
-def _row_counts(rows: list[Entry]) -> dict[str, int]:
-    steps = Counter(row.step for row in rows)
+def _row_counts(rows: Rows) -> dict[str, int]:
+    steps = rows.step_counts()
     not_sampled = steps[NOT_SAMPLED]
     return {
         "in": len(rows),
@@ -279,9 +321,9 @@ def _row_counts(rows: list[Entry]) -> dict[str, int]:
     }
 
 
-def _step_counts(cleaning: Any, split: str, rows: list[Entry], changed: Counter) -> dict[str, dict[str, int]]:
+def _step_counts(cleaning: Any, split: str, rows: Rows, changed: Counter) -> dict[str, dict[str, int]]:
     """Return step -> rows changed and rejected, of the steps that are switched on and look at the split."""
-    rejected = Counter(row.step for row in rows)
+    rejected = rows.step_counts()
     steps = [step for step in type(cleaning).model_fields if step != "near_duplicate_threshold"]
     return {
         step: {"changed": changed[step], "rejected": rejected[step]}
@@ -290,50 +332,54 @@ def _step_counts(cleaning: Any, split: str, rows: list[Entry], changed: Counter)
     }
 
 
-def _question_counts(rows: list[Entry]) -> dict[str, int]:
+def _question_counts(rows: Rows) -> dict[str, int]:
     """Return the distinct questions and answers, and how often a question comes again.
 
     A question with several answers is in several rows, one behind the other: that is one entry. A question that
     comes again after others were asked is a duplicate.
     """
-    questions = [row.turns[-1][0] for row in rows if row.turns[-1][0] != NOTHING]
-    entries = sum(1 for before, question in zip([None, *questions], questions, strict=False) if question != before)
-    distinct = len(set(questions))
+    nothing = np.frombuffer(NOTHING, DIGEST)
+    questions, answers = (texts[texts != nothing] for texts in rows.last_turns().T)
+    entries = int((questions[1:] != questions[:-1]).sum()) + bool(len(questions))
+    distinct = len(np.unique(questions))
     return {
         "distinct_questions": distinct,
-        "distinct_answers": len({row.turns[-1][1] for row in rows} - {NOTHING}),
+        "distinct_answers": len(np.unique(answers)),
         "duplicate_questions": entries - distinct,
         "rows_with_a_question_seen_before": len(questions) - distinct,
     }
 
 
-def _lengths(rows: list[Entry]) -> dict[str, dict[str, int]]:
+def _lengths(rows: Rows) -> dict[str, dict[str, int]]:
     """Return the quantiles (nearest rank) of the characters of prompts and answers."""
-    lengths = {"prompt": sorted(row.prompt_chars for row in rows), "answer": sorted(row.answer_chars for row in rows)}
+    alive = rows.alive()
+    lengths = {"prompt": np.sort(rows.prompt_chars[alive]), "answer": np.sort(rows.answer_chars[alive])}
     return {
-        side: {str(q): sizes[max(0, -(-q * len(sizes) // 100) - 1)] for q in QUANTILES} | {"max": sizes[-1]}
+        side: {str(q): int(sizes[max(0, -(-q * len(sizes) // 100) - 1)]) for q in QUANTILES} | {"max": int(sizes[-1])}
         for side, sizes in lengths.items()
-        if sizes
+        if len(sizes)
     }
 
 
-def _reject_examples(rows: Rows) -> dict[str, list[dict[str, str]]]:
+def _reject_examples(rows: Splits) -> dict[str, list[dict[str, str]]]:
     examples: dict[str, list[dict[str, str]]] = {}
     for split in SPLITS:
-        for row in rows[split]:
-            if row.step not in (None, NOT_SAMPLED) and len(examples.setdefault(row.step, [])) < EXAMPLES:
-                examples[row.step].append({"id": row.id, "reason": row.reason})
+        found = rows[split]
+        for number in np.flatnonzero(found.step).tolist():
+            step = found.step_of(number)
+            if step != NOT_SAMPLED and len(examples.setdefault(step, [])) < EXAMPLES:
+                examples[step].append({"id": found.id(number), "reason": found.reason(number)})
     return examples
 
 
 # ---------------------------------------------------------------- limits
 
 
-def _past_limits(config: DataConfig, rows: Rows, report: dict[str, Any]) -> list[str]:
+def _past_limits(config: DataConfig, rows: Splits, report: dict[str, Any]) -> list[str]:
     """Return what is past the limits, with numbers and what to change."""
     problems = []
     counts = report["rows"]["train"]
-    by_step = Counter(row.step for row in rows["train"] if row.step not in (None, NOT_SAMPLED))
+    by_step = Counter({step: n for step, n in rows["train"].step_counts().items() if step not in (None, NOT_SAMPLED)})
     reasons = ", ".join(f"{step} {count:,}" for step, count in by_step.most_common())
     limit = config.limits.dropped
     if not counts["in"]:

@@ -6,10 +6,13 @@ The similarity of two texts is that of their sets of word 3-grams; a Chinese or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
-from rensa import RMinHash, RMinHashLSH
+import numpy as np
+from rensa import RMinHash
 
 from finegrid.data.rows import normalise
 
@@ -18,6 +21,7 @@ PERMUTATIONS = 128
 SEED = 1
 # A pair at the threshold is missed with at most this probability.
 MISSED = 1e-6
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd number without structure (2^64 / golden ratio), to mix hashes with
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _WORDS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
@@ -38,11 +42,19 @@ def shingles_of_normalised(text: str) -> frozenset[str]:
     return frozenset(map(" ".join, triples))
 
 
-def signature(found: frozenset[str]) -> RMinHash:
-    """Return the MinHash signature of a set of shingles."""
-    sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
-    sketch.update(list(found))
-    return sketch
+def band_keys(found: Sequence[frozenset[str]], threshold: float) -> np.ndarray:
+    """Return a key of each band of the MinHash signatures of sets of shingles, uint64, shape (sets, bands).
+
+    Sets that are as similar as the threshold have, all but surely, the same key in some band.
+    """
+    rows = rows_in_band(threshold)
+    digests = RMinHash.digests_from_token_sets([list(one) for one in found], PERMUTATIONS, SEED)
+    values = np.array(digests, dtype=np.uint64).reshape(len(found), PERMUTATIONS // rows, rows)
+    keys = np.zeros(values.shape[:2], dtype=np.uint64)
+    for place in range(rows):
+        keys = (keys ^ values[:, :, place]) * _MIX
+        keys ^= keys >> np.uint64(29)
+    return keys
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
@@ -51,30 +63,77 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     return common / (len(first) + len(second) - common) if common else 0.0
 
 
+class BandKeys:
+    """The keys of many rows, kept in files, one a band: they take more room than all else that is kept of a row.
+
+    Args:
+        threshold: Jaccard similarity, 0..1.
+        folder: an empty folder, to be made.
+    """
+
+    def __init__(self, threshold: float, folder: Path):
+        self.threshold, self.rows = threshold, 0
+        folder.mkdir()
+        self._paths = [folder / f"{band}.keys" for band in range(PERMUTATIONS // rows_in_band(threshold))]
+
+    def add(self, keys: np.ndarray) -> None:
+        """Add rows: what :func:`band_keys` returned for them."""
+        self.rows += len(keys)
+        for path, band in zip(self._paths, keys.T, strict=True):
+            with path.open("ab") as file:
+                file.write(band.tobytes())
+
+    def bands(self) -> Iterator[np.ndarray]:
+        """Yield the keys of all rows, a band at a time."""
+        for path in self._paths:
+            yield np.fromfile(path, np.uint64) if self.rows else np.zeros(0, np.uint64)
+
+
 class Index:
     """Rows by similarity: add rows, then ask for one that is at least as similar as the threshold.
 
     Args:
         threshold: Jaccard similarity, 0..1.
-        read: returns the text of a row by its number.
+        bands: the keys of all rows that will be added or asked for, a band at a time.
+        read: returns the text of a row by its number, its place among the keys.
     """
 
-    def __init__(self, threshold: float, read: Callable[[int], str]):
+    def __init__(self, threshold: float, bands: Iterable[np.ndarray], read: Callable[[int], str]):
         self.threshold = threshold
-        self._lsh = RMinHashLSH(threshold, PERMUTATIONS, PERMUTATIONS // rows_in_band(threshold))
+        self._shared = _shared_keys(bands)
+        self._rows: dict[int, list[int]] = {}
         self._shingles = lru_cache(maxsize=8192)(lambda number: shingles(read(number)))
 
-    def add(self, number: int, sketch: RMinHash) -> None:
+    def add(self, number: int) -> None:
         """Add a row."""
-        self._lsh.insert(number, sketch)
+        for bucket in self._shared.get(number, ()):
+            self._rows.setdefault(bucket, []).append(number)
 
-    def find(self, number: int, sketch: RMinHash) -> tuple[int, float] | None:
+    def find(self, number: int) -> tuple[int, float] | None:
         """Return the first added row (by number) that is similar enough to a row, and how similar it is."""
-        for candidate in sorted(set(self._lsh.query(sketch))):
+        candidates = {row for bucket in self._shared.get(number, ()) for row in self._rows.get(bucket, ())}
+        for candidate in sorted(candidates):
             similarity = jaccard(self._shingles(number), self._shingles(candidate))
             if similarity >= self.threshold:
                 return candidate, similarity
         return None
+
+
+def _shared_keys(bands: Iterable[np.ndarray]) -> dict[int, array]:
+    """Return row number -> the buckets in which it is not alone; most rows are alone in all of theirs."""
+    shared: dict[int, array] = {}
+    buckets = 0
+    for keys in bands:
+        order = keys.argsort(kind="stable")
+        ordered = keys[order]
+        first = np.ones(len(keys), dtype=bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        alone = first & np.append(first[1:], True)
+        numbers = buckets + first.cumsum()
+        buckets += len(keys)
+        for row, bucket in zip(order[~alone].tolist(), numbers[~alone].tolist(), strict=True):
+            shared.setdefault(row, array("q")).append(bucket)
+    return shared
 
 
 def rows_in_band(threshold: float) -> int:

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from finegrid.data.rows import Message, digest
 
 KINDS = ("question", "answer")
 HELD_OUT = ("test", "validation")  # in the order in which a leak is named
-NOTHING = b""  # the digest of a text without characters: it is no leak to have none
+NOTHING = bytes(16)  # the digest of a text without characters: it is no leak to have none
 
 Pairs = tuple[tuple[bytes, bytes], ...]
 
@@ -69,6 +71,11 @@ class HeldOut:
                 for row in rows.get(split, ()):
                     if row.turns[-1][part] != NOTHING:
                         texts.setdefault(row.turns[-1][part], row.id)
+
+    def texts(self, kind: str) -> np.ndarray:
+        """Return the digests of all held-out questions or answers."""
+        found = b"".join(text for split in HELD_OUT for text in self._ids[kind][split])
+        return np.frombuffer(found, "S16")
 
     def leaks(self, row: Compared) -> list[Leak]:
         """Return what a train row leaks: at most one of each kind and split, questions and test first."""
