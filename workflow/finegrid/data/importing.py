@@ -8,10 +8,13 @@ Reads ``data_config``'s files; writes ``train, validation, test .jsonl`` (rows a
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from array import array
+from collections.abc import Container, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from finegrid.data.formats import MissingColumn, RowProblem, convert, recognise
 from finegrid.data.hub import hub_rows
@@ -64,7 +67,7 @@ def import_data(settings: RunSettings, project: Path, output: Path, progress: Pr
         rows = {split: run.write_split(split, sources[split], partial / f"{split}.jsonl") for split in SPLITS}
         run.problems.stop()
         split_off = _split_off(config, sources, partial, rows)
-        prefixed = _make_ids_unique(run.ids, partial)
+        prefixed = _make_ids_unique(run.ids, partial, split_off)
         report = {
             "dataset": settings.dataset_name,
             "encoding": config.encoding,
@@ -88,7 +91,8 @@ class _Import:
         self.config, self.project, self.progress = config, project, progress
         self.problems = Problems()
         self.files: dict[str, list[dict[str, Any]]] = {}
-        self.ids: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+        # Of each id a number that stands for it: ids and places of a file larger than memory would not fit.
+        self.ids = {split: array("Q") for split in SPLITS}
         self.surrogates = 0
 
     def write_split(self, split: str, sources: list[str], path: Path) -> int:
@@ -99,9 +103,9 @@ class _Import:
                 before, self.files[split] = number, self.files.get(split, [])
                 seen: dict[str, Any] = {"file": source}
                 try:
-                    for place, row in self._rows(split, source, seen):
+                    for row in self._rows(split, source, seen):
                         number += 1
-                        file.write(self._line(split, number, place, row))
+                        file.write(self._line(split, number, row))
                         self.progress(f"{split}: {number:,} rows imported")
                 except FileProblem as problem:
                     self.problems.add(f"{source}{f':{problem.line}' if problem.line else ''}: {problem}")
@@ -109,10 +113,26 @@ class _Import:
                     if number == before and not self.problems.count:
                         self.problems.add(f"{source}: the file has no rows; expected some")
                 self.files[split].append(seen | {"rows": number - before} | self._version(source))
+        self._check_ids(split, path)
         return number
 
-    def _rows(self, split: str, source: str, seen: dict[str, Any]) -> Iterator[tuple[str, Row]]:
-        """Yield (file:line, row in our schema, without a settled id) of one source."""
+    def _check_ids(self, split: str, path: Path) -> None:
+        """Tell of ids that come twice in a split, with both lines."""
+        numbers = np.frombuffer(self.ids[split], np.uint64)
+        distinct, counts = np.unique(numbers, return_counts=True)
+        repeated = set(distinct[counts > 1].tolist())
+        if not repeated:
+            return
+        first: dict[str, str] = {}
+        for number, row in zip(self.ids[split], read_lines(path), strict=True):
+            if number in repeated:
+                known = first.setdefault(row["id"], row["source"])
+                if known is not row["source"]:
+                    said = f"the id '{row['id']}' is that of {known} too; expected ids that are unique"
+                    self.problems.add(f"{row['source']}: {said}")
+
+    def _rows(self, split: str, source: str, seen: dict[str, Any]) -> Iterator[Row]:
+        """Yield the rows of one source in our schema, without a settled id."""
         config, form, first = self.config, None, None
         seen["container"], raw = self._read(split, source)
         for line, row in raw:
@@ -128,7 +148,7 @@ class _Import:
                     raise _of_the_file(str(problem), line, seen["container"]) from None
                 self.problems.add(f"{place}: {problem}")
                 continue
-            yield place, {"id": own, "messages": messages, "source": place, "meta": meta}
+            yield {"id": own, "messages": messages, "source": place, "meta": meta}
 
     def _read(self, split: str, source: str) -> tuple[str, Iterator[tuple[int, Row]]]:
         if self.config.dataset:
@@ -144,11 +164,9 @@ class _Import:
         path = self.project / source
         return {"sha256": file_hash(path)} if not self.config.dataset and path.is_file() else {}
 
-    def _line(self, split: str, number: int, place: str, row: Row) -> bytes:
+    def _line(self, split: str, number: int, row: Row) -> bytes:
         row["id"] = row["id"] or f"{split}-{number}"
-        first = self.ids[split].setdefault(row["id"], place)
-        if first is not place:
-            self.problems.add(f"{place}: the id '{row['id']}' is that of {first} too; expected ids that are unique")
+        self.ids[split].append(int.from_bytes(digest(row["id"])[:8], "little"))
         try:
             return to_line(row)
         except UnicodeEncodeError:
@@ -234,12 +252,17 @@ def _split_off(
             f"data_config.validation_size, data_config.test_size: {sum(sizes.values()):,} rows of {total:,} are to be "
             "split off train; expected to leave rows to train on"
         )
-    questions = [digest(last_question(row["messages"])) for row in read_lines(partial / "train.jsonl")]
-    counts, taken = Counter(questions), {}
+    questions, raw = _questions(partial / "train.jsonl")
+    distinct, first, of_row, counts = np.unique(questions, return_index=True, return_inverse=True, return_counts=True)
+    target = np.zeros(len(distinct), dtype=np.int8)  # of each question, a place in SPLITS: train, if nothing else
     for split, size in sizes.items():
-        left = [question for question in counts if question not in taken]
-        left.sort(key=lambda question: draw_order(config.sample_seed, split, question.hex()))
-        taken |= dict.fromkeys(_groups(left, counts, size), split)
+        left = np.flatnonzero(target == 0)
+        places = bytearray()
+        for place in first[left].tolist():
+            places += draw_order(config.sample_seed, split, raw[16 * place : 16 * place + 16].hex())
+        order = left[np.frombuffer(places, "S16").argsort(kind="stable")]
+        target[_groups(order, counts, size)] = SPLITS.index(split)
+    targets = target[of_row]
     with (
         (partial / "train.jsonl").open("rb") as whole,
         (partial / "left.jsonl").open("wb") as train,
@@ -247,10 +270,10 @@ def _split_off(
         (partial / "validation.jsonl").open("ab") as validation,
     ):
         files = {"train": train, "validation": validation, "test": test}
-        for line, question in zip(whole, questions, strict=True):
-            files[taken.get(question, "train")].write(line)
+        for line, place in zip(whole, targets, strict=True):
+            files[SPLITS[place]].write(line)
     (partial / "left.jsonl").replace(partial / "train.jsonl")
-    moved = Counter(taken.get(question, "train") for question in questions)
+    moved = dict(zip(SPLITS, np.bincount(targets, minlength=len(SPLITS)).tolist(), strict=True))
     rows.update({split: moved[split] for split in ("train", *sizes) if split == "train" or sizes[split]})
     if not rows["train"]:
         raise UserError(
@@ -260,16 +283,24 @@ def _split_off(
     return {split: {"asked": size, "rows": moved[split]} for split, size in sizes.items() if size}
 
 
-def _groups(order: list[bytes], counts: Counter, size: int) -> list[bytes]:
+def _questions(path: Path) -> tuple[np.ndarray, bytearray]:
+    """Return a digest of each row's question, as a column and as bytes."""
+    raw = bytearray()
+    for row in read_lines(path):
+        raw += digest(last_question(row["messages"]))
+    return np.frombuffer(raw, "S16"), raw
+
+
+def _groups(order: np.ndarray, counts: np.ndarray, size: int) -> list[int]:
     """Return the first groups of an order whose rows fit into a size; at least one if anything is asked."""
     chosen, room = [], size
-    for question in order:
-        if counts[question] <= room:
-            chosen.append(question)
-            room -= counts[question]
+    for group in order.tolist():
+        if counts[group] <= room:
+            chosen.append(group)
+            room -= counts[group]
         if not room:
             break
-    return chosen or order[: 1 if size else 0]
+    return chosen or order[: 1 if size else 0].tolist()
 
 
 def _size(config: DataConfig, split: str, total: int) -> int:
@@ -283,16 +314,17 @@ def _size(config: DataConfig, split: str, total: int) -> int:
     return int(size)
 
 
-def _make_ids_unique(ids: dict[str, dict[str, str]], partial: Path) -> bool:
+def _make_ids_unique(ids: dict[str, array], partial: Path, split_off: Container[str]) -> bool:
     """Put the split before every id if files of different splits use the same ids; return whether it was needed."""
-    if not any(ids[a].keys() & ids[b].keys() for a, b in (SPLITS[:2], SPLITS[1:], SPLITS[::2])):
+    numbers = [np.frombuffer(ids[split], np.uint64) for split in SPLITS]
+    if not any(len(np.intersect1d(one, other)) for one, other in combinations(numbers, 2)):
         return False
     for split in SPLITS:
+        # By the file it came from: rows split off train keep the name that they have there.
+        origin = "train" if split in split_off else split
         path, renamed = partial / f"{split}.jsonl", partial / "renamed.jsonl"
         with renamed.open("wb") as file:
             for row in read_lines(path):
-                # By the file it came from: rows split off train keep the name that they have there.
-                origin = "train" if ids["train"].get(row["id"]) == row["source"] else split
                 file.write(to_line(row | {"id": f"{origin}-{row['id']}"}))
         renamed.replace(path)
     return True
