@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -401,6 +402,23 @@ def test_every_row_is_kept_or_rejected_once(tmp_path):
     counts = report["rows"]["train"]
     assert (counts["out"], counts["rejected"] + counts["not_sampled"]) == (len(kept), len(rejected))
     assert sum(step["rejected"] for step in report["steps"]["train"].values()) == counts["rejected"]
+
+
+def test_memory_grows_by_little_a_row_and_not_with_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("finegrid.data.mending.PIECE_BYTES", 50_000)
+    draw, peaks = random.Random(3), []
+    for count in (250, 1500):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        words = [str(number) for number in draw.choices(range(10**6), k=120 * count)]
+        write(folder, "tr.jsonl", [(f"q{n}?", " ".join(words[120 * n : 120 * n + 120])) for n in range(count)])
+        config = settings(train_file="tr.jsonl", cleaning={"near_duplicates": True, "leaked_near": True})
+        import_data(config, folder, folder / "imported")
+        tracemalloc.start()
+        clean(config, folder / "imported", folder / "clean")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1250 < 300  # bytes; a row's line has 900
 
 
 KILLED = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -356,8 +357,6 @@ def test_a_failed_import_leaves_an_earlier_one_as_it_was(tmp_path):
 
 
 def test_memory_does_not_grow_with_a_json_lines_file(tmp_path):
-    import tracemalloc
-
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(100):
             file.write(lines([{"question": "q" * 1000, "answer": "a" * 4000}]) * 40)  # 20 MB in all
@@ -366,6 +365,19 @@ def test_memory_does_not_grow_with_a_json_lines_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
+
+
+def test_memory_grows_by_little_a_row_where_splits_are_drawn(tmp_path):
+    peaks = []
+    for count in (500, 4500):
+        pairs = [{"id": f"row-{n}", "question": f"q{n}" * 20, "answer": "a" * 400} for n in range(count)]
+        (tmp_path / "a.jsonl").write_bytes(lines(pairs))
+        del pairs
+        tracemalloc.start()
+        run(tmp_path, train_file="a.jsonl", validation_size=0.1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 4000 < 200  # bytes; a row's line has 600
 
 
 def test_rows_split_off_keep_the_name_of_train_when_ids_are_prefixed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,19 @@ def test_several_processes_write_the_same_bytes(model, clean, tmp_path):
     assert len(files) == 5
     for name in files:
         assert (tmp_path / "tokens1" / name).read_bytes() == (tmp_path / "tokens3" / name).read_bytes(), name
+
+
+def test_memory_does_not_grow_with_the_text(model, clean, tmp_path, monkeypatch):
+    monkeypatch.setattr("finegrid.data.tokenising.CHUNK", 50)
+    tokenise(recipe(max_input=300, max_output=300), clean(train=[pair(100, 100)]), model, tmp_path / "tokens")
+    peaks = []
+    for count in (100, 500):
+        source = clean(train=[pair(100, 100)] * count)
+        tracemalloc.start()
+        tokenise(recipe(max_input=300, max_output=300), source, model, tmp_path / "tokens")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 400 < 60  # bytes; a row's tokens and labels have 1,600
 
 
 def test_a_base_model_without_template_gets_the_plain_one_and_the_report_says_so(clean, tmp_path):

@@ -102,7 +102,7 @@ class Index:
         self.threshold = threshold
         self._shared = _shared_keys(bands)
         self._rows: dict[int, list[int]] = {}
-        self._shingles = lru_cache(maxsize=8192)(lambda number: shingles(read(number)))
+        self._shingles = lru_cache(maxsize=1024)(lambda number: shingles(read(number)))
 
     def add(self, number: int) -> None:
         """Add a row."""

@@ -56,6 +56,7 @@ NO_LOSS = -100
 # the files are the same, byte for byte. A thousand is what `datasets` writes.
 CHUNK = 1000
 _BINS = 50
+_SHOWN = 3  # rows that are named of those that stop the stage
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class _Split:
     truncated_answers: int = 0
     end_lost: int = 0
     dropped: Counter = field(default_factory=Counter)
-    stopped: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)  # the first few
+    stopped_rows: int = 0
     prompt_lengths: list[np.ndarray] = field(default_factory=list)
     answer_lengths: list[np.ndarray] = field(default_factory=list)
 
@@ -110,7 +112,8 @@ class _Split:
         self.truncated_answers += chunk.batch["truncated_answer"].true_count
         self.end_lost += chunk.end_lost
         self.dropped.update(reason for reason, _ in chunk.dropped)
-        self.stopped += chunk.stopped
+        self.stopped = [*self.stopped, *chunk.stopped][:_SHOWN]
+        self.stopped_rows += len(chunk.stopped)
         self.prompt_lengths.append(chunk.prompt_lengths)
         self.answer_lengths.append(chunk.answer_lengths)
 
@@ -366,8 +369,8 @@ def _problems(settings: RunSettings, splits: dict[str, _Split]) -> list[str]:
     problems = []
     for name, split in splits.items():
         if split.stopped:
-            more = len(split.stopped) - 3
-            problems += [f"{name} split, {problem}; truncation policy is 'error'" for problem in split.stopped[:3]]
+            more = split.stopped_rows - _SHOWN
+            problems += [f"{name} split, {problem}; truncation policy is 'error'" for problem in split.stopped]
             problems += [f"{name} split: {more:,} more rows are over a limit"] if more > 0 else []
     if problems:
         return problems
