@@ -6,7 +6,6 @@ The similarity of two texts is that of their sets of word 3-grams; a Chinese or 
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -100,40 +99,46 @@ class Index:
 
     def __init__(self, threshold: float, bands: Iterable[np.ndarray], read: Callable[[int], str]):
         self.threshold = threshold
-        self._shared = _shared_keys(bands)
+        self._begins, self._buckets = _shared_buckets(bands)
         self._rows: dict[int, list[int]] = {}
         self._shingles = lru_cache(maxsize=1024)(lambda number: shingles(read(number)))
 
     def add(self, number: int) -> None:
         """Add a row."""
-        for bucket in self._shared.get(number, ()):
+        for bucket in self._buckets_of(number):
             self._rows.setdefault(bucket, []).append(number)
 
     def find(self, number: int) -> tuple[int, float] | None:
         """Return the first added row (by number) that is similar enough to a row, and how similar it is."""
-        candidates = {row for bucket in self._shared.get(number, ()) for row in self._rows.get(bucket, ())}
+        candidates = {row for bucket in self._buckets_of(number) for row in self._rows.get(bucket, ())}
         for candidate in sorted(candidates):
             similarity = jaccard(self._shingles(number), self._shingles(candidate))
             if similarity >= self.threshold:
                 return candidate, similarity
         return None
 
+    def _buckets_of(self, number: int) -> list[int]:
+        return self._buckets[self._begins[number] : self._begins[number + 1]].tolist()
 
-def _shared_keys(bands: Iterable[np.ndarray]) -> dict[int, array]:
-    """Return row number -> the buckets in which it is not alone; most rows are alone in all of theirs."""
-    shared: dict[int, array] = {}
-    buckets = 0
+
+def _shared_buckets(bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the buckets of rows that are not alone in them, row by row, and where each row's begin.
+
+    A bucket is a key of a band. Most rows are alone in all of theirs.
+    """
+    rows, buckets, count, number = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0, 0
     for keys in bands:
         order = keys.argsort(kind="stable")
         ordered = keys[order]
         first = np.ones(len(keys), dtype=bool)
         first[1:] = ordered[1:] != ordered[:-1]
-        alone = first & np.append(first[1:], True)
-        numbers = buckets + first.cumsum()
-        buckets += len(keys)
-        for row, bucket in zip(order[~alone].tolist(), numbers[~alone].tolist(), strict=True):
-            shared.setdefault(row, array("q")).append(bucket)
-    return shared
+        shared = ~(first & np.append(first[1:], True))
+        rows.append(order[shared])
+        buckets.append(number + first.cumsum()[shared])
+        count, number = len(keys), number + len(keys)
+    of_row = np.concatenate(rows)
+    order = of_row.argsort(kind="stable")
+    return of_row[order].searchsorted(np.arange(count + 1)), np.concatenate(buckets)[order]
 
 
 def rows_in_band(threshold: float) -> int:
