@@ -69,6 +69,7 @@ def compare(num_proc: int, sides: list[str], repeats: int) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 found[side].append(finegrid(folder, num_proc) if side == "finegrid" else datasets(folder, num_proc))
+                print_run(side, found[side][-1])
         if "finegrid" in found:
             print_stages(found["finegrid"], Path(name) / "finegrid", num_proc)
     whole = {side: [total(processes) for processes in runs] for side, runs in found.items()}
@@ -82,6 +83,11 @@ def compare(num_proc: int, sides: list[str], repeats: int) -> None:
             for key in ("wall", "cpu", "memory")
         ]
         print("ratio: {:.2f} of its wall time, {:.2f} of its CPU time, {:.2f} of its memory".format(*ratios))
+
+
+def print_run(side: str, processes: list[Measured]) -> None:
+    times = ", ".join(f"{process.wall:.1f} s wall {process.cpu:.1f} s CPU" for process in processes)
+    print(f"  {side}: {times}", file=sys.stderr, flush=True)
 
 
 def print_stages(runs: list[list[Measured]], folder: Path, num_proc: int) -> None:
