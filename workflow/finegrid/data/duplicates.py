@@ -6,7 +6,7 @@ The similarity of two texts is that of their sets of word 3-grams; a Chinese or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,14 +41,15 @@ def shingles_of_normalised(text: str) -> frozenset[str]:
     return frozenset(map(" ".join, triples))
 
 
-def band_keys(found: Sequence[frozenset[str]], threshold: float) -> np.ndarray:
+def band_keys(found: Iterable[frozenset[str]], threshold: float) -> np.ndarray:
     """Return a key of each band of the MinHash signatures of sets of shingles, uint64, shape (sets, bands).
 
     Sets that are as similar as the threshold have, all but surely, the same key in some band.
     """
     rows = rows_in_band(threshold)
-    digests = RMinHash.digests_from_token_sets([list(one) for one in found], PERMUTATIONS, SEED)
-    values = np.array(digests, dtype=np.uint64).reshape(len(found), PERMUTATIONS // rows, rows)
+    # One set at a time: those of a whole piece take many times the room of its text.
+    digests = [np.array(_digest(one), dtype=np.uint64) for one in found]
+    values = np.array(digests, dtype=np.uint64).reshape(len(digests), PERMUTATIONS // rows, rows)
     keys = np.zeros(values.shape[:2], dtype=np.uint64)
     for place in range(rows):
         keys = (keys ^ values[:, :, place]) * _MIX
@@ -60,6 +61,12 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     """Return the share of shingles that two sets have in common, 0..1; two empty sets have nothing in common."""
     common = len(first & second)
     return common / (len(first) + len(second) - common) if common else 0.0
+
+
+def _digest(found: frozenset[str]) -> list[int]:
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+    sketch.update(list(found))
+    return sketch.digest()
 
 
 class BandKeys:

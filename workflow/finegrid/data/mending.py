@@ -280,7 +280,7 @@ def _empty_side(messages: Sequence[Message]) -> str:
 def _band_keys(normalised: Sequence[str], threshold: float) -> np.ndarray:
     from finegrid.data.duplicates import band_keys, shingles_of_normalised
 
-    return band_keys([shingles_of_normalised(text) for text in normalised], threshold)
+    return band_keys(map(shingles_of_normalised, normalised), threshold)
 
 
 def _compared(messages: Sequence[Message], texts: Iterable[str]) -> str:
