@@ -110,8 +110,12 @@ def main() -> None:
 # ---------------------------------------------------------------- the project
 
 
-def prepare(model: str, project: Path) -> Path:
-    """Return a copy of the project with the study, its model and its tokens."""
+def prepare(model: str, project: Path, recipe: str = RECIPE, counts: dict[str, int] = ROWS) -> Path:
+    """Return a copy of the project with the study, its model and its tokens.
+
+    Args:
+        counts: rows of each split.
+    """
     project.mkdir()
     for name in ("Snakefile", "config", "workflow", "profiles", "envs", "pyproject.toml"):
         copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
@@ -122,9 +126,9 @@ def prepare(model: str, project: Path) -> Path:
         os.symlink(source, project / "data/models/135M")
     else:
         random_model(model, source, project / "data/models" / model)
-    rows(project / "data/raw/grid")
+    rows(project / "data/raw/grid", counts)
     steps = SIZES[model][1]
-    (project / "config/recipes/grid.yaml").write_text(RECIPE.format(model=model, steps=steps))
+    (project / "config/recipes/grid.yaml").write_text(recipe.format(model=model, steps=steps))
     study = STUDY.format(rates=[f"{rate:.1e}" for rate in RATES], seeds=list(SEEDS), first=f"{RATES[0]:.1e}")
     (project / "config/studies/grid.yaml").write_text(study.replace("'", ""))
     snakemake(project, ["results/grid/plan.json"], [])
@@ -179,9 +183,9 @@ def random_model(model: str, source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def rows(folder: Path) -> None:
+def rows(folder: Path, counts: dict[str, int]) -> None:
     folder.mkdir(parents=True)
-    for split, count in ROWS.items():
+    for split, count in counts.items():
         lines = [json.dumps(row) + "\n" for row in raw(split)[:count]]
         (folder / f"{split}.jsonl").write_text("".join(lines))
 

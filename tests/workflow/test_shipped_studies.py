@@ -69,6 +69,7 @@ def read_rows(path: Path) -> list[dict]:
 
 # What a study varies twice in the same way: a job costs seconds, all of them its start.
 LEFT_OUT = {
+    "text": ["text_as_it_came"],
     "duplicates": ["duplicates_kept"],
     "max_answer": ["answer_256"],
     "fraction": [0.25],
@@ -78,7 +79,7 @@ LEFT_OUT = {
     "weight_decay": [0],
     "optimiser": ["adafactor"],
     "length": ["four_epochs"],
-    "sharding": ["zero3"],
+    "sharding": ["zero2", "zero3"],
     "method": ["lora_r64", "lora_qv"],
 }
 
@@ -194,7 +195,7 @@ def test_the_training_strategy_runs_to_its_report(fresh, insuranceqa_dir):
     study, results = run_reduced(fresh, insuranceqa_dir, "training_strategy")
     loss = losses(study, results)
     baseline = loss[study.compare.baseline]
-    for level in ("one_gpu", "zero2", "zero3_offload", "activations_recomputed"):
+    for level in ("one_gpu", "zero3_offload", "activations_recomputed"):
         assert loss[level] == pytest.approx(baseline, rel=1e-4), level
 
 

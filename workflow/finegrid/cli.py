@@ -31,6 +31,7 @@ from finegrid.staging import (
     training_identity,
     training_inputs,
 )
+from finegrid.startup import leave_out_unused
 from finegrid.training import launch
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
@@ -234,6 +235,7 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 launch.start(the_run.settings, command, progress, stop, checkpoints)
                 return
             made_at = provenance.commit(Path.cwd())
+            leave_out_unused([the_run.settings])
             from finegrid.training.train import train
 
             train(
@@ -274,6 +276,7 @@ def evaluate(
         results = layout.RESULTS / the_study.name
         made_at = provenance.commit(Path.cwd())
         with live_state(scratch / the_study.name / run / "evaluation.json", run, log) as tell:
+            leave_out_unused([the_run.settings])
             from finegrid.evaluation.evaluate import evaluate
 
             def say(line: str) -> None:

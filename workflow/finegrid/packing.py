@@ -22,6 +22,7 @@ from finegrid.files import printing_to
 from finegrid.pack_jobs import NEEDED
 from finegrid.packs import pack_of_name
 from finegrid.staging import Staging, evaluation_identity, training_identity
+from finegrid.startup import leave_out_unused
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
 
@@ -94,6 +95,7 @@ def _train_together(
     say: Progress,
 ) -> None:
     """Train each run in a lane of its own, so many at once; one by one, none has to wait for another's batch."""
+    leave_out_unused(run.settings for run in runs)
     import finegrid.training.train  # noqa: F401 - sets what must be set before transformers is imported
     from finegrid.training.joint import JointPass
     from finegrid.training.lockstep import Lane, run_together
@@ -182,6 +184,7 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: i
             left[run.id] = (run, place, identity, weights)
     if not left:
         return
+    leave_out_unused(run.settings for run, *_ in left.values())
     import finegrid.evaluation.evaluate  # noqa: F401 - sets what must be set before transformers is imported
     from finegrid.training.resident import ResidentBase
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finegrid.errors import UserError, nearest
-from finegrid.training.quantisation import make_exact_on_cpu
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -71,6 +70,8 @@ def quantization(config: dict[str, Any]) -> Any:
 
 def _prepare_quantised(model: PreTrainedModel) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training
+
+    from finegrid.training.quantisation import make_exact_on_cpu  # bitsandbytes takes a second to import
 
     model.loading_notes = make_exact_on_cpu(model)  # for the run's summary
     # Checkpointing of activations is the recipe's own setting, never switched on by the way.
