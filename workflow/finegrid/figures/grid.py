@@ -161,21 +161,21 @@ class Grid:
 def _arms(plan: Plan, table: pd.DataFrame, entries: list[dict], cost: Cost | None) -> Grid:
     factors, colours = _factors(plan), style.arm_colours(plan)
     arms = [arm for arm in plan.arms if arm.arm in set(table["arm"])]
-    shades = _shades(plan, factors)
-    names = {arm.arm: _level_names(arm) for arm in arms}
-    named = not factors or any(found is None for found in names.values())
+    shades, names = _shades(plan, factors), _level_names(plan)
+    # An arm whose label is made of its levels, or of those that differ from the baseline's, is known by its cells.
+    named = not factors or any(_own_names(arm, plan) is None for arm in arms if arm.arm != plan.baseline)
     first_levels = [arm.factors.get(factors[0]) if factors else None for arm in arms]
     blocks = min((len(list(block)) for _, block in groupby(first_levels)), default=0) > 1
     rows: list[Row] = []
     for number, arm in enumerate(arms):
         cells = [] if not named else [Cell(style.printable(arm.label, arm.arm))]
-        texts = names[arm.arm] or dict(arm.factors)
         for factor in factors:
             level = arm.factors.get(factor)
             if level is None:
                 cells.append(Cell(AS_IN_RECIPE, pale=True))
             else:
-                cells.append(Cell(style.printable(texts[factor], level), shades.get((factor, level))))
+                text = style.printable(names.get((factor, level), level), level)
+                cells.append(Cell(text, shades.get((factor, level))))
         runs = _runs_by_level([run for run in entries if run["arm"] == arm.arm])
         amount = None if cost is None else float(table.loc[table["arm"] == arm.arm, cost.column].iloc[0])
         rule = blocks and number > 0 and first_levels[number] != first_levels[number - 1]
@@ -193,16 +193,13 @@ def _arms(plan: Plan, table: pd.DataFrame, entries: list[dict], cost: Cost | Non
 def _levels(plan: Plan, table: pd.DataFrame, cost: Cost | None) -> Grid:
     """Return the grid summed up: a row for each level of each factor, with the arms that have it."""
     baseline = next(arm for arm in plan.arms if arm.arm == plan.baseline)
-    names: dict[tuple[str, str], str] = {}
-    for arm in plan.arms:
-        for factor, name in (_level_names(arm) or dict(arm.factors)).items():
-            names.setdefault((factor, arm.factors[factor]), name)
+    names = _level_names(plan)
     rows: list[Row] = []
     for factor in _factors(plan):
         column = table[f"factor.{factor}"]
         for number, level in enumerate(dict.fromkeys(column)):
             having = table[column.isna() if pd.isna(level) else column == level]
-            text = "as in the recipe" if pd.isna(level) else style.printable(names[factor, level], level)
+            text = "as in the recipe" if pd.isna(level) else style.printable(names.get((factor, level), level), level)
             name = factor.replace("_", " ") if number == 0 else ""
             cells = [Cell(name, plain=True), Cell(text), Cell(f"{len(having):,}", plain=True)]
             amount = None if cost is None else float(having[cost.column].sum())
@@ -212,9 +209,19 @@ def _levels(plan: Plan, table: pd.DataFrame, cost: Cost | None) -> Grid:
     return Grid(["factor", "level", "arms"], shown, left=0.06, dots=False, hidden=len(rows) - len(shown))
 
 
-def _level_names(arm: Arm) -> dict[str, str] | None:
-    """Return what all the arm's levels are called in print; None where its label isn't made of them."""
-    return design.level_names(arm.label, arm.factors, arm.factors)
+def _own_names(arm: Arm, plan: Plan) -> dict[str, str] | None:
+    """Return what an arm's label calls its levels, or those that differ from the baseline's; None if it names none."""
+    baseline = next(each for each in plan.arms if each.arm == plan.baseline)
+    return design.level_names(arm.label, arm.factors, baseline.factors)
+
+
+def _level_names(plan: Plan) -> dict[tuple[str, str], str]:
+    """Return what levels are called in print, by factor and level, as far as the arms' labels tell."""
+    names: dict[tuple[str, str], str] = {}
+    for arm in plan.arms:
+        for factor, name in (_own_names(arm, plan) or {}).items():
+            names.setdefault((factor, arm.factors[factor]), name)
+    return names
 
 
 def _shades(plan: Plan, factors: list[str]) -> dict[tuple[str, str], tuple[float, ...]]:
