@@ -267,9 +267,9 @@ def test_broken_results_are_passed_over(tmp_path):
 def test_a_thousand_finished_runs_are_read_in_no_time(tmp_path):
     for number in range(500):
         finish(tmp_path, "lora", study=f"study-{number % 5}", name=f"lora-{number}")
-    started = time.perf_counter()
+    started = time.process_time()
     measured = Throughputs.read(tmp_path)
-    assert time.perf_counter() - started < 1  # 0.08 s where this was written
+    assert time.process_time() - started < 1  # 0.08 s where this was written
     assert sum(map(len, measured.found.values())) == 1000
 
 

@@ -351,7 +351,7 @@ def test_evaluation_is_weights_and_cache_and_grows_with_the_batch():
 def test_a_thousand_runs_are_priced_in_under_a_second():
     shape = shape_of({"model_type": "llama", **WIDE})
     settings = [settings_of(peft_config={**LORA, "r": 2 ** (number % 7)}) for number in range(21)]
-    start = time.perf_counter()
+    start = time.process_time()
     for number in range(1000):
         training_memory(settings[number % 21], shape, rows=1 + number % 8, length=512, labels=99, device="cuda")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -243,9 +243,9 @@ def test_a_thousand_runs_over_ten_data_settings_look_ten_times(tmp_path):
     rng = random.Random(0)
     write(tmp_path / "train.jsonl", [{"question": "Why?", "answer": "z" * rng.randrange(900)} for _ in range(20_000)])
     runs = [settings(max_output=100 + number % 10) for number in range(1000)]
-    started = time.perf_counter()
+    started = time.process_time()
     tokens = {data_preview(run, tmp_path, LARGE)["splits"]["train"]["label_tokens"] for run in runs}
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(tokens) == 10
 
 
