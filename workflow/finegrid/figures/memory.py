@@ -144,8 +144,8 @@ def _message(table: pd.DataFrame, known: pd.DataFrame) -> str:
     low, high = known["ratio"].min(), known["ratio"].max()
     runs = f"{len(known):,} runs" if len(known) > 1 else "The run"
     took = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
-    text = f"{runs} took {took} of the memory that was predicted".replace("%", " %")
+    text = f"{runs} took {took} of the memory that was predicted"
     over = known.loc[known["ratio"] > 1 + NEAR]
     if over.empty or len(known) == 1:
-        return text
+        return text.replace("%", " %")
     return f"{text}; {len(over):,} took over {1 + NEAR:.0%}".replace("%", " %")
