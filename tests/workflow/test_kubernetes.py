@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,10 +12,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("snakemake_executor_plugin_kubernetes") is None,
-    reason="snakemake-executor-plugin-kubernetes is not installed (pip install it to see the profile in a dry run)",
-)
 def test_a_dry_run_takes_the_settings_of_the_kubernetes_profile(project):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(["profiles/kubernetes", *filter(None, [os.environ.get("PYTHONPATH")])]),
