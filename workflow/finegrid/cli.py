@@ -77,6 +77,10 @@ def main() -> None:
     except UserError as error:
         _print_problems(error, sys.stderr)
         raise SystemExit(1) from None
+    except SystemExit as end:
+        if "RANK" not in os.environ or not isinstance(end.code, int | None):  # no worker of several
+            raise
+        launch.leave(end.code or 0)
 
 
 # ---------------------------------------------------------------- data
@@ -252,8 +256,6 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
             )
             if is_first:
                 _write_run_records(the_study, the_run, made_at)
-            if worker is not None:
-                launch.leave()
 
 
 @app.command()
