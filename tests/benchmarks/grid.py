@@ -8,7 +8,7 @@ rows from the same Arrow files. 1M and 10M are random Llamas with a vocabulary o
 
 The scripts are what a user writes: a process a run, AutoModel, peft, Trainer, the collator that pads each batch. They
 run one after the other with two threads (`sequential`) and two at a time with a thread each (`pairs`); `harsh` is pairs
-with the allocator's settings that Finegrid's rules set; `trl` is pairs around SFTTrainer, its defaults but the same
+with the allocator's settings of `finegrid.memory`; `trl` is pairs around SFTTrainer, its defaults but the same
 tokens, masks and precision (if it is installed). Finegrid's side is all that `snakemake` does from the tokens to
 the metrics of the 12 runs. Printed are wall seconds, the most memory that a side's processes had together, the largest
 difference of the runs' training losses to the scripts', and ratios of medians.
