@@ -10,8 +10,11 @@ import weakref
 from typing import Any
 
 import torch
+from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+LINEAR_CROSS_ENTROPY = torch.ops.torch_nn._linear_cross_entropy_batch_chunked.default
 
 
 class LiveMemory(TorchDispatchMode):
@@ -32,7 +35,11 @@ class LiveMemory(TorchDispatchMode):
                     state = state.state2
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
+        if function is LINEAR_CROSS_ENTROPY:
+            with self:  # it is written in torch's own operations
+                result = _linear_cross_entropy_batch_chunked._init_fn(*arguments, **(options or {}))
+        else:
+            result = function(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)

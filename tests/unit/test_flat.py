@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from finegrid.training.collation import Collator, first_rows
 from finegrid.training.flat import NAME, make_flat
-from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.loss import find_head, label_logits, label_states
 from finegrid.training.trainer import LabelTokenTrainer
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_trainer import SMALL, arguments, make
@@ -41,11 +41,7 @@ def flat_note(model: torch.nn.Module) -> str | None:
 
 
 def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    return sum_of_losses(label_logits(model, find_head_of(model), batch)[0], batch["targets"])
-
-
-def find_head_of(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_output_embeddings()
+    return label_states(model, find_head(model)[0], batch).loss()
 
 
 # ---------------------------------------------------------------- batches

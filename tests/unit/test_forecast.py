@@ -66,7 +66,7 @@ def forecast(run, shape, measured=None, **options) -> Forecast:
 def counted_flops(run, backward=True) -> int:
     """What torch counts in a real step of a real model, its attention written out in matrix products."""
     import torch
-    from finegrid.training.loss import label_logits, sum_of_losses
+    from finegrid.training.loss import Head, label_states
     from finegrid.training.model import attach_adapter
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,7 +85,7 @@ def counted_flops(run, backward=True) -> int:
         "targets": torch.arange(LABELS),
     }
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        loss = sum_of_losses(label_logits(model, model.get_output_embeddings(), batch)[0], batch["targets"])
+        loss = label_states(model, Head(model.get_output_embeddings()), batch).loss()
         if backward:
             loss.backward()
     return counter.get_total_flops()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from finegrid.training.collation import Collator
-from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.loss import find_head, label_logits, label_states
 from finegrid.training.trainer import LabelTokenTrainer
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from token_rows import plain_loss, random_rows
@@ -168,6 +168,12 @@ def test_a_log_row_holds_the_mean_over_the_label_tokens_since_the_last_one(tmp_p
 
 # ---------------------------------------------------------------- the head on label positions
 
+CHANGED_LOGITS = ("gemma2 with a soft cap", "cohere with a scale", "granite with a divisor")
+
+
+def mean_loss(model, head, batch) -> float:
+    return label_states(model, head, batch).loss().item() / len(batch["targets"])
+
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "balance" not in name])
 def test_the_head_on_label_positions_gives_the_architectures_own_loss(name):
@@ -175,14 +181,15 @@ def test_the_head_on_label_positions_gives_the_architectures_own_loss(name):
     head, note = find_head(model)
     assert head is not None, note
     assert note is None
+    assert head.plain == (name not in CHANGED_LOGITS)
     logits, _ = label_logits(model, head, batch)
     own = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
     assert logits.shape == (len(batch["targets"]), 256)
-    assert sum_of_losses(logits, batch["targets"]).item() / len(batch["targets"]) == pytest.approx(own.item(), rel=1e-5)
+    assert mean_loss(model, head, batch) == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_the_soft_cap_and_scales_of_the_test_models_matter():
-    for name in ("gemma2 with a soft cap", "cohere with a scale", "granite with a divisor"):
+    for name in CHANGED_LOGITS:
         model, batch = make(name), Collator()(random_rows(5))
         logits, _ = label_logits(model, find_head(model)[0], batch)
         hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -203,10 +210,9 @@ def test_the_soft_cap_and_scales_of_the_test_models_matter():
 def test_the_loss_of_an_adapted_model_is_pefts_own(config):
     model, batch = get_peft_model(make(), config).eval(), Collator()(random_rows(5))
     head, note = find_head(model)
-    logits, _ = label_logits(model, head, batch)
     own = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
     assert note is None
-    assert sum_of_losses(logits, batch["targets"]).item() / len(batch["targets"]) == pytest.approx(own.item(), rel=1e-5)
+    assert mean_loss(model, head, batch) == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_a_head_that_needs_all_positions_is_found_out_and_told():
@@ -222,9 +228,8 @@ def test_a_head_that_needs_all_positions_is_found_out_and_told():
     assert found is None
     assert "other logits" in note
     batch = Collator()(random_rows(5))
-    logits, _ = label_logits(model, None, batch)
     own = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
-    assert sum_of_losses(logits, batch["targets"]).item() / len(batch["targets"]) == pytest.approx(own.item(), rel=1e-5)
+    assert mean_loss(model, None, batch) == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_finding_the_head_draws_no_random_number_and_leaves_the_model_as_it_was():

@@ -234,6 +234,7 @@ class Numerics:
         adapter: bytes of an adapter's weight.
         adds_gradients: parameters have a gradient already when backward starts.
         smoothing: labels are smoothed.
+        fused: the loss of a plain head is torch's ``linear_cross_entropy``.
         evaluates: nothing gets a gradient.
     """
 
@@ -248,6 +249,7 @@ class Numerics:
     adapter: int = FLOAT
     adds_gradients: bool = False
     smoothing: bool = False
+    fused: bool = False
     evaluates: bool = False
 
     @property
@@ -580,7 +582,12 @@ class _Program:
         h = self.norm(x)
         width = shape.hidden
         h = self.tape.op([h], Size(label=width), h.itemsize)
-        logits = self.linear(h, shape.vocabulary, self.parameter(width * shape.vocabulary, head_trained))
+        matrix = self.parameter(width * shape.vocabulary, head_trained)
+        if self.numerics.fused and not shape.logit_softcap:
+            return self.fused_loss(h, matrix)
+        logits = self.linear(h, shape.vocabulary, matrix)
+        if not shape.logit_softcap:
+            logits.elements = Size(chunk=shape.vocabulary)
         if shape.logit_softcap:
             logits = self.scale(logits)
             logits = self.tape.op([logits], logits.elements, logits.itemsize)
@@ -594,6 +601,15 @@ class _Program:
         if self.numerics.smoothing:
             losses = self.tape.op([losses], losses.elements, FLOAT)
         return self.tape.op([losses], NOTHING, FLOAT, [losses])
+
+    def fused_loss(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Gradients are made with the loss, and are what its backward gives: they are there once."""
+        logits = Size(chunk=self.shape.vocabulary) * h.itemsize
+        made = [Tensor(each.elements, each.itemsize, False) for each in (h, matrix) if each.needs_grad]
+        again = NOTHING
+        for gradient in made:
+            again -= gradient.bytes
+        return self.tape.op([h, matrix], NOTHING, FLOAT, made, forward_scratch=logits, backward_scratch=again)
 
 
 def _like(x: Tensor, width: int) -> Size:

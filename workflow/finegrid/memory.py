@@ -34,6 +34,7 @@ from finegrid.decoder import (
 )
 from finegrid.errors import UserError
 from finegrid.tape import NOTHING, Size
+from finegrid.training.sizes import rows_of_logits
 
 if TYPE_CHECKING:
     from finegrid.settings import RunSettings
@@ -75,7 +76,8 @@ class Memory:
         gradients: of the trained parameters, with the buckets of a distributed run.
         optimiser: states, 32-bit master weights, and the temporaries of its step.
         activations: what is kept for backward, with the temporaries of the layer at work.
-        logits: logits, their 32-bit copy, log-probabilities and gradients, on label positions.
+        logits: those on label positions; where they are not made and used up at once (see
+            :mod:`finegrid.training.loss`), their 32-bit copy, log-probabilities and gradients too.
         quantisation: scales of quantised weights and the decoded weights of the layer at work.
         runtime: the CUDA context and the share lost between blocks; on the CPU the process itself, and the part of the
             checkpoint's file by which loading needs more than any step.
@@ -136,11 +138,12 @@ def evaluation_memory(
         device: ``cpu`` or ``cuda``.
     """
     how = _way(settings, shape, device, rows > 1, None)
-    numerics = how.numerics(evaluates=True, autocast=False)
+    numerics = how.numerics(evaluates=True, autocast=False, fused=False)  # the loss of each token is asked for
     adapters, length = how.adapters[0][0], prompt + new_tokens
 
     def most(moments: Iterable[Size], columns: int, labels: int) -> float:
-        return max(_price(moment, (rows * columns, rows * columns**2, labels, 1, 1)) for moment in moments)
+        form = (rows * columns, rows * columns**2, labels, 1, 1, rows_of_logits(shape.vocabulary, labels))
+        return max(_price(moment, form) for moment in moments)
 
     layer = layer_timeline(shape, numerics, adapters, False).forward
     head = head_timeline(shape, numerics, False, False).forward
@@ -154,7 +157,8 @@ def evaluation_memory(
     # The references' likelihood: finegrid.evaluation.likelihood bounds a batch to so many label tokens.
     labels = max(min(rows * new_tokens, 1024), new_tokens)
     scoring = max(most(layer, length, 0), most(head, length, labels))
-    logits = max(last, max(moment.label for moment in head) * labels)
+    chunk = rows_of_logits(shape.vocabulary, labels)
+    logits = max(last, max(moment.label * labels + moment.chunk * chunk for moment in head))
     dynamic = max(generating, scoring)
     static = how.weights + how.adapter_bytes + how.scales
     runtime = max(_runtime(device, dynamic, static + dynamic), _loading(how, device) - static - dynamic)
@@ -430,6 +434,7 @@ def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspe
     compute = ITEMSIZE.get(str(quantised.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."), FLOAT)
     attention = settings.model.attn_implementation or ("eager" if shape.family.eager else "sdpa")
     attention = attention if attention in ("eager", "sdpa") else "flash"
+    smoothing, stream = bool(arguments.get("label_smoothing_factor")), FLOAT if base != "plain" else stored
     embedding, head = _ends(shape)
     kept = (settings.peft_config or {}).get("modules_to_save") or ()
     weights, scales, decoded = _weights(shape, base, stored, quantised)
@@ -448,7 +453,8 @@ def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspe
             cuda=device == "cuda",
             adapter=adapter_itemsize,
             adds_gradients=(arguments.get("gradient_accumulation_steps") or 1) > 1,
-            smoothing=bool(arguments.get("label_smoothing_factor")),
+            smoothing=smoothing,
+            fused=stream == FLOAT and settings.processes == 1 and not (autocast or smoothing or zero.stage),
         ),
         adapters=adaptation.layers,
         tensors=adaptation.tensors,
@@ -546,17 +552,19 @@ class Plan:
     def price(self, rows: int, length: int, labels: int) -> Memory:
         """Return the memory of a step on such a batch, see :func:`training_memory`."""
         way = self.way
-        form = (rows * length, rows * length**2, labels, 1, 1)
+        form = (rows * length, rows * length**2, labels, 1, 1, rows_of_logits(way.shape.vocabulary, labels))
         inputs = _inputs(way, rows, length, labels)
         step = max(_price(moment, form) for moment in self.moments) + inputs
         peaks = [step, self.gradients + self.temporaries]
         if self.evaluation_rows:
             share = self.evaluation_rows / rows
-            validation = (form[0] * share, form[1] * share, labels * share, 1, 1)
+            scored = round(labels * share)
+            chunk = rows_of_logits(way.shape.vocabulary, scored)
+            validation = (form[0] * share, form[1] * share, scored, 1, 1, chunk)
             peaks.append(max(_price(moment, validation) for moment in self.evaluation) + inputs * share)
         dynamic = max(peaks)
         fixed = 0 if way.base.base != "plain" else 1
-        activations = max(_price(moment, (form[0], form[1], 0, fixed, 0)) for moment in self.moments) + inputs
+        activations = max(_price(moment, (form[0], form[1], 0, fixed, 0, 0)) for moment in self.moments) + inputs
         runtime = _runtime(self.device, dynamic, self.static + dynamic)
         runtime = max(runtime, self.loading - self.static - dynamic)
         return Memory(
@@ -565,7 +573,7 @@ class Plan:
             gradients=round(self.gradients),
             optimiser=round(self.states + self.temporaries),
             activations=round(activations),
-            logits=round(max(moment.label for moment in self.moments) * labels),
+            logits=round(max(moment.label * labels + moment.chunk * form[5] for moment in self.moments)),
             quantisation=round(way.scales + way.decoded),
             runtime=round(runtime),
             total=round(self.static + dynamic + runtime),
@@ -574,7 +582,7 @@ class Plan:
 
 
 def _price(moment: Size, form: tuple[float, ...]) -> float:
-    return moment[0] * form[0] + moment[1] * form[1] + moment[2] * form[2] + moment[3] * form[3] + moment[4] * form[4]
+    return sum(size * count for size, count in zip(moment, form, strict=True))
 
 
 def _runtime(device: str, dynamic: float, live: float) -> float:
@@ -683,7 +691,8 @@ def _step(way: Way, checkpointing: bool, share: float) -> Iterable[Size]:
     if checkpointing:
         # Autocast's copies go when the model returns: beside the logits, before their float32 copy.
         copies = Size(fixed=_autocast_copies(way))
-        yield before + copies + Size(token=2 * shape.hidden * FLOAT, label=HALF * (shape.vocabulary + 2 * shape.hidden))
+        logits = Size(label=shape.vocabulary) if shape.logit_softcap else Size(chunk=shape.vocabulary)
+        yield before + copies + Size(token=2 * shape.hidden * FLOAT, label=HALF * 2 * shape.hidden) + logits * HALF
     for moment in (*head.forward, *head.backward):
         yield before + moment
     gradients = NOTHING

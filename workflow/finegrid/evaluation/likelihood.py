@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from finegrid.training.collation import IGNORED, Collator
 from finegrid.training.flat import make_flat
-from finegrid.training.loss import find_head, label_logits
+from finegrid.training.loss import find_head, label_logits, label_states
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,8 +58,7 @@ def _nll(model, head, collate: Collator, rows, batch_size: int, progress: Callab
         batch = collate([rows[index] for index in indices])
         if len(batch["targets"]):
             batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            logits, _ = label_logits(model, head, batch)
-            losses = functional.cross_entropy(logits, batch["targets"], reduction="none").double()
+            losses = label_states(model, head, batch).losses().double()
             row = _row_of_each_label(batch)
             sums = torch.zeros(len(indices), dtype=torch.float64, device=losses.device).index_add_(0, row, losses)
             for index, nll in zip(indices, sums.tolist(), strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from finegrid.training.adapters import ManyAdapters, adapted_layers, why_not_plain
-from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.loss import Head, find_head, label_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ class JointPass:
     def __init__(self, load: Callable[[LabelTokenTrainer], PreTrainedModel]):
         self._load = load
         self._adapters: ManyAdapters | None = None
-        self._head: nn.Module | None = None
+        self._head: Head | None = None
         self._trainers: dict[str, LabelTokenTrainer] = {}
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._no_room = False
@@ -106,11 +106,11 @@ class JointPass:
             trainers[0].compute_loss_context_manager(),
             self._adapters.parts([lane.name for lane in lanes], sizes, dim=1, drawing=drawing),
         ):
-            logits, _ = label_logits(self._adapters.base, self._head, merged(batches))
-            parts = logits.split([len(batch["targets"]) for batch in batches])
+            states = label_states(self._adapters.base, self._head, merged(batches))
+            parts = states.split([len(batch["targets"]) for batch in batches])
             losses = [
-                sum_of_losses(part, batch["targets"], trainer.args.label_smoothing_factor) / lane.batch[1]
-                for part, batch, trainer, lane in zip(parts, batches, trainers, lanes, strict=True)
+                part.loss(trainer.args.label_smoothing_factor) / lane.batch[1]
+                for part, trainer, lane in zip(parts, trainers, lanes, strict=True)
             ]
         return torch.stack(losses)
 
@@ -137,7 +137,7 @@ def why_not(trainer: LabelTokenTrainer) -> str | None:
         return "the loss has a part for the balance of experts"
     if getattr(model.config, "attention_dropout", 0) or any(_base_dropouts(model)):
         return "the base itself has dropout"
-    if any(trainer.head in (layer, layer.get_base_layer()) for layer in adapted_layers(model).values()):
+    if any(trainer.head.module in (layer, layer.get_base_layer()) for layer in adapted_layers(model).values()):
         return "its adapter changes the head, which sees label positions alone"
     return why_not_plain(model)
 

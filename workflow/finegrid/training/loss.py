@@ -1,68 +1,180 @@
 """The loss over label tokens, with the head run on label positions only.
 
 A causal language model of vocabulary V gives B * T * V logits, most of them for prompt and padding. Here a hook in
-front of the head keeps the N positions that predict a label, so head and cross-entropy cost N * V. Everything else of
-the model's own forward pass stays: wrappers (DDP, DeepSpeed, peft, autocast), and whatever the architecture does to
-its logits after the head (Gemma's soft cap, Cohere's and Granite's scale).
+front of the head keeps the N positions that predict a label, so head and cross-entropy cost N * V. Where nothing is
+done to the logits after the head, it isn't run at all: torch's ``linear_cross_entropy`` makes loss and gradient of its
+matrix, in parts if N * V is large (:mod:`finegrid.training.sizes`). Everything else of the model's own forward pass
+stays: wrappers (DDP, DeepSpeed, peft, autocast), and whatever the architecture does to its logits (Gemma's soft cap,
+Cohere's and Granite's scale).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import LinearCrossEntropyOptions, functional
+from torch.utils.checkpoint import checkpoint
 
 from finegrid.training.flat import layout_of
+from finegrid.training.sizes import rows_of_logits
 
 
-def label_logits(model: nn.Module, head: nn.Module | None, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Return logits of shape (N, V), one row for each of the batch's ``targets``, and the model's output.
+@dataclass(frozen=True)
+class Head:
+    """The module that makes logits of hidden states.
 
-    Logits are float32, or float64 of a model in float64.
+    Attributes:
+        plain: whether it is a matrix, whose products are the model's logits.
+    """
+
+    module: nn.Module
+    plain: bool = False
+
+
+class LabelStates:
+    """What a batch's N targets are predicted from: hidden states of a plain head, or logits.
+
+    Attributes:
+        states: (N, hidden) or (N, V).
+        targets: int64 (N,).
+        outputs: of the model; the logits in it are none where the head is plain.
+        half: the type that autocast computes the head in; None: that of its weights.
+    """
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        head: nn.Linear | None,
+        targets: torch.Tensor,
+        outputs: Any,
+        half: torch.dtype | None = None,
+    ):
+        self.states, self._head, self.targets, self.outputs, self.half = states, head, targets, outputs, half
+
+    def split(self, sizes: list[int]) -> list[LabelStates]:
+        """Return the states of so many targets each, in their order."""
+        parts = zip(self.states.split(sizes), self.targets.split(sizes), strict=True)
+        return [LabelStates(states, self._head, targets, self.outputs, self.half) for states, targets in parts]
+
+    def losses(self) -> torch.Tensor:
+        """Return the cross-entropy (natural logarithm) of each target, (N,); not to be differentiated."""
+        return torch.cat([self._loss(*part, reduction="none") for part in self._parts()])
+
+    def loss(self, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the cross-entropy (natural logarithm) summed over the targets.
+
+        Args:
+            label_smoothing: share of the target spread over the whole vocabulary, as transformers' ``LabelSmoother``
+                does.
+        """
+        head, states = self._head, self.states
+        if head is None:
+            return self._loss(states, self.targets, label_smoothing=label_smoothing)
+        fused = not label_smoothing and states.dtype == head.weight.dtype and self.half is None
+        fused &= states.dtype in (torch.float32, torch.float64)  # of fewer bits it is slow on a CPU
+        if fused and len(states):
+            options = LinearCrossEntropyOptions(batch_chunk_size=self._rows(), chunking_method=None)
+            return functional.linear_cross_entropy(
+                states, head.weight, self.targets, linear_bias=head.bias, reduction="sum", options=options
+            )
+        parts = list(self._parts())
+        if len(parts) == 1:
+            return self._loss(*parts[0], label_smoothing=label_smoothing)
+        again = [checkpoint(self._loss, *part, label_smoothing=label_smoothing, use_reentrant=False) for part in parts]
+        return torch.stack(again).sum()
+
+    def _loss(self, states: torch.Tensor, targets: torch.Tensor, reduction="sum", label_smoothing=0.0) -> torch.Tensor:
+        if self._head is None:
+            logits = states
+        else:
+            with torch.autocast(states.device.type, self.half, enabled=self.half is not None):
+                logits = self._head(states)
+        return functional.cross_entropy(
+            _at_least_float32(logits), targets, reduction=reduction, label_smoothing=label_smoothing
+        )
+
+    def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from zip(self.states.split(self._rows()), self.targets.split(self._rows()), strict=True)
+
+    def _rows(self) -> int:
+        width = self.states.shape[1] if self._head is None else self._head.out_features
+        return rows_of_logits(width, len(self.targets))
+
+
+def label_states(model: nn.Module, head: Head | None, batch: dict[str, Any]) -> LabelStates:
+    """Run the model on a batch up to what its label tokens are predicted from.
 
     Args:
-        head: the module that makes logits of hidden states; None computes all logits and then picks.
+        head: None computes all logits and then picks.
         batch: of :class:`finegrid.training.collation.Collator`.
     """
-    positions, columns = batch["positions"], batch["input_ids"].shape[1]
+    if head is None or not head.plain:
+        logits, outputs = label_logits(model, head, batch)
+        return LabelStates(logits, None, batch["targets"], outputs)
+    kept: list[tuple[torch.Tensor, torch.dtype | None]] = []
 
-    def keep_label_positions(module: nn.Module, inputs: tuple) -> tuple | None:
-        hidden = inputs[0]
-        # Virtual tokens of prompt tuning stand before the row's own: count columns from the right.
-        return (hidden[:, -columns:].flatten(0, 1).index_select(0, positions), *inputs[1:])
+    def keep_states(hidden: torch.Tensor) -> torch.Tensor:
+        kind = hidden.device.type  # some wrappers autocast the model's forward pass alone
+        kept.append((hidden, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
+        return hidden[:0].detach()
 
-    handle = head.register_forward_pre_hook(keep_label_positions) if head is not None else None
-    try:
+    with _head_given(head, batch, keep_states):
         outputs = model(input_ids=batch["input_ids"], **layout_of(batch))
-    finally:
-        if handle is not None:
-            handle.remove()
+    (states, half), *_ = kept
+    return LabelStates(states, head.module, batch["targets"], outputs, half)
+
+
+def label_logits(model: nn.Module, head: Head | None, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Return logits of shape (N, V), one row for each of the batch's ``targets``, and the model's output.
+
+    Logits are float32, or float64 of a model in float64. Arguments are those of :func:`label_states`.
+    """
+    positions, columns = batch["positions"], batch["input_ids"].shape[1]
+    with _head_given(head, batch, lambda hidden: hidden):
+        outputs = model(input_ids=batch["input_ids"], **layout_of(batch))
     logits = outputs["logits"]
     if logits.dim() == 3:
         logits = logits[:, -columns:].flatten(0, 1).index_select(0, positions)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), outputs
+    return _at_least_float32(logits), outputs
 
 
-def sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the cross-entropy (natural logarithm) summed over the targets.
+@contextmanager
+def _head_given(
+    head: Head | None, batch: dict[str, Any], given: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While the block runs, give the head what ``given`` makes of the hidden states of label positions."""
+    positions, columns = batch["positions"], batch["input_ids"].shape[1]
 
-    Args:
-        label_smoothing: share of the target spread over the whole vocabulary, as in transformers' ``LabelSmoother``.
-    """
-    return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    def keep_label_positions(module: nn.Module, inputs: tuple) -> tuple:
+        # Virtual tokens of prompt tuning stand before the row's own: count columns from the right.
+        return (given(inputs[0][:, -columns:].flatten(0, 1).index_select(0, positions)), *inputs[1:])
+
+    handle = head.module.register_forward_pre_hook(keep_label_positions) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()
-def find_head(model: nn.Module) -> tuple[nn.Module | None, str | None]:
+def find_head(model: nn.Module) -> tuple[Head | None, str | None]:
     """Return the model's head if the hook in front of it works for this architecture, else None and a note why not.
 
     Tried out on six tokens rather than looked up by the architecture's name: logits of picked positions must be the
-    picked logits.
+    picked logits. A head is plain if they are the products of its matrix, too.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if module is None:
         return None, "all logits are computed: the model has no separate head"
     device = next(model.parameters()).device
     columns = torch.arange(3, device=device)
@@ -70,17 +182,36 @@ def find_head(model: nn.Module) -> tuple[nn.Module | None, str | None]:
         "input_ids": torch.stack([columns, columns + 1]),
         "attention_mask": torch.ones(2, 3, dtype=torch.int64, device=device),
         "positions": torch.tensor([1, 3, 5], device=device),
+        "targets": columns,
     }
+    head = Head(module)
     training = model.training
     model.eval()
     try:
         expected, _ = label_logits(model, None, batch)
         found, _ = label_logits(model, head, batch)
+        return _found(model, head, batch, expected, found)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         return None, f"all logits are computed: the head can't be run on label positions alone ({error})"
     finally:
         model.train(training)
+
+
+def _found(
+    model: nn.Module, head: Head, batch: dict[str, Any], expected: torch.Tensor, found: torch.Tensor
+) -> tuple[Head | None, str | None]:
     # Kernels for other shapes round otherwise; a lost soft cap or scale is far beyond this.
-    if found.shape != expected.shape or (found - expected).abs().max() > 1e-2 * expected.abs().max():
+    if _differ(found, expected):
         return None, "all logits are computed: the head on label positions alone gives other logits"
-    return head, None
+    # What somebody hung on the module has to run: weights that are elsewhere, a forward of its own.
+    if type(head.module) is not nn.Linear or "forward" in head.module.__dict__ or head.module._forward_hooks:
+        return head, None
+    plain = replace(head, plain=True)
+    products = _at_least_float32(head.module(label_states(model, plain, batch).states))
+    # To the bit, and of some size: a soft cap leaves small numbers nearly as they are.
+    same = torch.equal(products, found) and products.abs().max() > 1e-2
+    return (plain if same else head), None
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape != expected.shape or bool((found - expected).abs().max() > 1e-2 * expected.abs().max())

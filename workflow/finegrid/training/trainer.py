@@ -23,7 +23,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,7 +39,7 @@ from finegrid.training.collation import Collator, first_rows
 from finegrid.training.flat import make_flat
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
-from finegrid.training.loss import find_head, label_logits, sum_of_losses
+from finegrid.training.loss import Head, find_head, label_logits, label_states
 from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore_signals
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class LabelTokenTrainer(Trainer):
         self._stops = False  # as the processes agreed in the step
         self._step_closed = 0
         self._saved_step: int | None = None
-        self.head: torch.nn.Module | None = None
+        self.head: Head | None = None
         self.padding_free = padding_free
         if args.torch_compile:
             self.notes.append("all logits are computed, and batches are padded: torch_compile")
@@ -148,6 +148,9 @@ class LabelTokenTrainer(Trainer):
     def _look_at(self, model: torch.nn.Module) -> None:
         """Find out what this architecture allows: the head on label positions alone, rows without padding."""
         self.head, note = find_head(model)
+        wrapped = self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.head is not None and wrapped:  # wrappers see to the weights of modules that run, and to no others
+            self.head = replace(self.head, plain=False)
         if note:
             self.notes.append(note)
         if self.padding_free and self.args.n_gpu <= 1:  # more than one in a process: torch divides batches by rows
@@ -167,8 +170,8 @@ class LabelTokenTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the micro-batch's share of the window's loss: its sum of losses over the window's label tokens."""
-        logits, outputs = label_logits(model, self.head, inputs)
-        loss = sum_of_losses(logits, inputs["targets"], self.args.label_smoothing_factor) / num_items_in_batch
+        states = label_states(model, self.head, inputs)
+        loss, outputs = states.loss(self.args.label_smoothing_factor) / num_items_in_batch, states.outputs
         if getattr(model.config if hasattr(model, "config") else self.model.config, "output_router_logits", False):
             # A mixture of experts' balance, by the micro-batch's share of the window.
             share = inputs["targets"].numel() / num_items_in_batch
@@ -294,9 +297,9 @@ class LabelTokenTrainer(Trainer):
                 if self.is_asked_to_stop():
                     raise EvaluationLeft
                 batch = self._prepare_inputs(self.data_collator(_rows(rows, batches[min(number, len(batches) - 1)])))
-                logits, _ = label_logits(model, self.head, batch)
+                states = label_states(model, self.head, batch)
                 if number < len(batches):
-                    total[0] += sum_of_losses(logits, batch["targets"]).double()
+                    total[0] += states.loss().double()
                     total[1] += batch["targets"].numel()
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
