@@ -2,9 +2,11 @@
 
     python tests/benchmarks/grid.py [--models 1M 10M 135M] [--sides …] [--repeats 3]
 
-Four learning rates × three seeds, batch 4, fp32, on pairs of InsuranceQA; every run evaluates its validation rows
-before and after training, saves its adapter, and its loss on the test rows is computed. All sides read the same token
-rows from the same Arrow files. 1M and 10M are random Llamas with a vocabulary of 8,192 tokens; 135M is SmolLM2.
+Four learning rates × three seeds, batch 4, fp32; every run evaluates its validation rows before and after training,
+saves its adapter, and its loss on the test rows is computed. Rows are InsuranceQA's: a question with the first part of
+its answer, and the rest to be taught, half of the words; they are of mixed lengths, at most 256 tokens
+(``--rows answers``: the question alone, and the whole answer). All sides read the same token rows from the same Arrow
+files. 1M and 10M are random Llamas with a vocabulary of 8,192 tokens; 135M is SmolLM2.
 
 The scripts are what a user writes: a process a run, AutoModel, peft, Trainer, the collator that pads each batch. They
 run one after the other with two threads (`sequential`) and two at a time with a thread each (`pairs`); `harsh` is pairs
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +49,8 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 BATCH = 4
 ROWS = {"train": 400, "validation": 32, "test": 32}
+TAUGHT = 0.5  # of a row's words: four in ten tokens, with those of the template
+MOST_WORDS = 175  # of a row: 256 tokens with the template's own
 SIDES = ("sequential", "pairs", "harsh", "trl", "finegrid")
 STUDY = """\
 title: Which learning rate?
@@ -64,8 +69,8 @@ data_config:
   format: columns
   columns: {{prompt: question, answer: answer, id: id}}
   limits: {{truncated_answers: 1, dropped: 1}}
-max_input_length: 128
-max_output_length: 128
+max_input_length: 256
+max_output_length: 256
 training_args:
   max_steps: {steps}
   learning_rate: 1.0e-3
@@ -88,6 +93,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", default="mixed", choices=["mixed", "answers"])
     parser.add_argument("--config", nargs="*", default=[], help="more of snakemake's --config, such as pack=off")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -99,7 +105,8 @@ def main() -> None:
         print("trl is not installed: pip install trl==1.16.0 to see its side")
     for model in options.models:
         with tempfile.TemporaryDirectory() as name:
-            project = prepare(model, Path(name) / "project")
+            project = prepare(model, Path(name) / "project", taught=TAUGHT if options.rows == "mixed" else 1.0)
+            print(f"{model}: {lengths(project)}", flush=True)
             results: dict[str, list[Side]] = {side: [] for side in sides}
             for _ in range(options.repeats):
                 for side, found in results.items():
@@ -110,11 +117,14 @@ def main() -> None:
 # ---------------------------------------------------------------- the project
 
 
-def prepare(model: str, project: Path, recipe: str = RECIPE, counts: dict[str, int] = ROWS) -> Path:
+def prepare(
+    model: str, project: Path, recipe: str = RECIPE, counts: dict[str, int] = ROWS, taught: float = 1.0
+) -> Path:
     """Return a copy of the project with the study, its model and its tokens.
 
     Args:
         counts: rows of each split.
+        taught: share of a row's words that is taught at most, the end of its answer; the rest is prompt.
     """
     project.mkdir()
     for name in ("Snakefile", "config", "workflow", "profiles", "envs", "pyproject.toml"):
@@ -126,7 +136,7 @@ def prepare(model: str, project: Path, recipe: str = RECIPE, counts: dict[str, i
         os.symlink(source, project / "data/models/135M")
     else:
         random_model(model, source, project / "data/models" / model)
-    rows(project / "data/raw/grid", counts)
+    rows(project / "data/raw/grid", counts, taught)
     steps = SIZES[model][1]
     (project / "config/recipes/grid.yaml").write_text(recipe.format(model=model, steps=steps))
     study = STUDY.format(rates=[f"{rate:.1e}" for rate in RATES], seeds=list(SEEDS), first=f"{RATES[0]:.1e}")
@@ -183,11 +193,29 @@ def random_model(model: str, source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def rows(folder: Path, counts: dict[str, int]) -> None:
+def rows(folder: Path, counts: dict[str, int], taught: float) -> None:
     folder.mkdir(parents=True)
     for split, count in counts.items():
-        lines = [json.dumps(row) + "\n" for row in raw(split)[:count]]
+        short = (row for row in raw(split) if len(f"{row['question']} {row['answer']}".split()) <= MOST_WORDS)
+        lines = [json.dumps(divided(row, taught)) + "\n" for row in itertools.islice(short, count)]
         (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def divided(row: dict[str, Any], taught: float) -> dict[str, Any]:
+    """Return a row whose answer is the last words of the whole; those before are asked."""
+    question, answer = row["question"].split(), row["answer"].split()
+    asked = max(0, len(answer) - round(taught * (len(question) + len(answer))))
+    return row | {"question": " ".join([*question, *answer[:asked]]), "answer": " ".join(answer[asked:])}
+
+
+def lengths(project: Path) -> str:
+    from datasets import Dataset
+
+    train = Dataset.from_file(str(tokens_of(project) / "train.arrow"))
+    sizes = [len(row) for row in train["input_ids"]]
+    taught = sum(label != -100 for row in train["labels"] for label in row)
+    share = taught / sum(sizes)
+    return f"{len(sizes)} rows of {statistics.mean(sizes):.0f} tokens, {max(sizes)} at most, {share:.0%} label tokens"
 
 
 def tokens_of(project: Path) -> Path:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from finegrid import layout
-from finegrid.memory import shape_of, training_memory
+from finegrid.memory import ALLOCATOR, shape_of, training_memory
 from finegrid.settings import RunSettings, resolve
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--allocator", default="returning", choices=["returning", "default"])
+    parser.add_argument("--allocator", default="returning", choices=["returning", "default", "keeping"])
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -89,7 +89,7 @@ def compare(model: str, method: str, checkpointing: bool, folder: Path, allocato
 
 
 def environment(allocator: str = "default") -> dict[str, str]:
-    given = {"MALLOC_MMAP_THRESHOLD_": str(2**18)} if allocator == "returning" else {}
+    given = {"returning": {"MALLOC_MMAP_THRESHOLD_": str(2**18)}, "keeping": ALLOCATOR}.get(allocator, {})
     return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ | given
 
 

@@ -82,9 +82,16 @@ def test_rows_without_loss_stay_in_the_batch_and_are_not_counted(count):
 # ---------------------------------------------------------------- losses and gradients
 
 
+@pytest.fixture(params=["row by row", "in a grid"])
+def attention(request, monkeypatch) -> None:
+    """Both ways of computing it: that of the CPU, and that of a GPU without FlashAttention."""
+    if request.param == "in a grid":
+        monkeypatch.setattr("finegrid.training.flat.ROW_BY_ROW", "nowhere")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("lengths", ["mixed", "equal"])
-def test_loss_and_gradients_are_those_of_padded_rows(name, lengths):
+def test_loss_and_gradients_are_those_of_padded_rows(name, lengths, attention):
     dtype = torch.float32 if name == "mixtral" else torch.float64  # torch's grouped products know no doubles
     padded, flat = model_of(name).to(dtype), model_of(name).to(dtype)
     tolerance = 1e-6 if dtype == torch.float64 else 1e-5
@@ -105,7 +112,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(name, lengths):
             torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=tolerance * scale.item() + 1e-12, msg=key)
 
 
-def test_a_windows_rows_see_the_window_alone():
+def test_a_windows_rows_see_the_window_alone(attention):
     model = model_of("mistral")
     assert flat_note(model) is None
     row = random_rows(1)[0] | {"input_ids": list(range(10, 30)), "labels": [-100] * 10 + list(range(20, 30))}

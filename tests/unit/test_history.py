@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import math
 import sys
+import time
 
 import pytest
 import torch
 from finegrid.errors import UserError
 from finegrid.training.guards import check_evaluation, check_step
-from finegrid.training.history import COLUMNS, forget_peak, history_rows, peak_memory_mb, write_history
+from finegrid.training.history import COLUMNS, HistoryFile, forget_peak, history_rows, peak_memory_mb, write_history
 from finegrid.training.progress import duration
 
 LOG = [
@@ -39,6 +40,23 @@ def test_the_csv_keeps_all_digits_and_leaves_missing_values_empty(tmp_path):
     assert float(rows[1]["loss"]) == 0.1 + 0.2
     assert rows[0]["loss"] == ""
     assert [file.name for file in path.parent.iterdir()] == ["run.csv"]
+
+
+def test_a_long_history_is_written_now_and_then_and_whole_at_the_end(tmp_path):
+    from transformers import TrainerControl, TrainerState
+
+    file, state = HistoryFile(tmp_path / "history.csv"), TrainerState(is_world_process_zero=True)
+    written, start = 0, time.monotonic()
+    for step in range(1, 2001):
+        state.log_history.append({"step": step, "loss": 3.5})
+        before = file.path.stat().st_mtime_ns if file.path.exists() else None
+        file.on_log(None, state, TrainerControl())
+        written += file.path.stat().st_mtime_ns != before
+        if step == 1:
+            assert written == 1
+    assert written < 100 + 100 * (time.monotonic() - start)  # of 2,000; a row takes some microseconds
+    file.on_train_end(None, state, TrainerControl())
+    assert len(file.path.read_text().splitlines()) == 2001
 
 
 def test_peak_memory_never_falls_and_sees_an_allocation():

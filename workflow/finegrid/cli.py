@@ -304,6 +304,9 @@ def train_pack(
     study: StudyName,
     pack: PackName,
     together: Annotated[int, typer.Option(help="How many runs make their steps together, on a GPU.")] = 1,
+    score: Annotated[
+        int | None, typer.Option(help="Score them too if Snakemake needs that: see --rows of evaluate-pack.")
+    ] = None,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
 ) -> None:
@@ -313,7 +316,7 @@ def train_pack(
     """
     log = log or Path("logs/train_pack") / study / f"{pack}.log"
     with _stage(f"train-pack {pack}", log) as progress:
-        packing.train_pack(_study(study), pack, scratch, progress, together)
+        packing.train_pack(_study(study), pack, scratch, progress, together, score)
 
 
 @app.command("evaluate-pack")

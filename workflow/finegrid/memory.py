@@ -49,8 +49,8 @@ CPU_PROCESS = 560 * MIB
 # where a tensor's memory goes back when the tensor goes; glibc's default keeps it: 1.1 to 2.2 times as much is held.
 CPU_FRAGMENTATION = 0.03
 # Settings of glibc's allocator for a process that trains on the CPU: what is freed stays in the process, else it is
-# fetched from the system again, page by page, in every step. Read before a process starts;
-# no rule sets them yet, the benchmark of a grid does for its `harsh` side.
+# fetched from the system again, page by page, in every step. Read before a process starts; the rules set them. As much
+# is held as by default (tests/benchmarks/memory.py --allocator keeping).
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",

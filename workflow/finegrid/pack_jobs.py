@@ -11,12 +11,14 @@ temporary one is gone. So two of its methods are led past the packs, here and no
 - ``Persistence._input`` leaves markers out of what is remembered of a job's inputs: another number of cores, or
   ``pack: off``, makes other markers and reruns nothing.
 
+Beside that, ``DAG.update_needrun`` overlooks jobs that wait for a new plan alone, see :func:`_past_plans`.
+
 An own job with a pack does next to nothing, so on a cluster it runs where snakemake runs (``Job.is_local``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from finegrid.files import write_json
 
 MARKERS = ".snakemake/finegrid/packs"
 RULES = {"train_pack": "train", "evaluate_pack": "evaluate"}
+PLAN = "study_plan"
 TRAININGS = ("train_adapter", "train_model")
 NEEDED = "needed.json"
 # Stage, study and run of the own jobs that do their work themselves although a pack has the run: none of its others
@@ -45,7 +48,7 @@ def install() -> None:
     if getattr(DAG, "knows_packs", False):
         return
     DAG.knows_packs = True
-    DAG.update_needrun = _with_packs(DAG.update_needrun)
+    DAG.update_needrun = _with_packs(_past_plans(DAG.update_needrun))
     recorded, is_local = PersistenceBase._input, Job.is_local.fget
     PersistenceBase._input = lambda self, job: [path for path in recorded(self, job) if not _is_marker(path)]
     Job.is_local = property(lambda job: is_local(job) or _has_pack(job))
@@ -91,6 +94,36 @@ def _wanted(dag: Any) -> dict[Any, list[Any]]:
     return {pack: jobs for pack, jobs in found.items() if jobs}
 
 
+def _past_plans(update: Callable) -> Callable:
+    """Let jobs be found that have reasons of their own behind a plan that is made anew.
+
+    Snakemake doesn't look at what is downstream of a job that will run, since that will run as well; but not what
+    takes the job's file as ``ancient()``, as trainings and evaluations take the plan: missing results were not made.
+    """
+
+    async def update_needrun(dag: Any, *args: Any, **keywords: Any) -> None:
+        await update(dag, *args, **keywords)
+        plans = {job for job in dag._needrun if job.rule.name == PLAN}
+        if not plans or not dag.workflow.is_main_process:
+            return
+        needed = set(dag._needrun)
+        dag._finished |= plans
+        try:
+            await update(dag, *args, **keywords)
+        finally:
+            dag._finished -= plans
+        dag._needrun |= needed
+        _count(dag, dag._needrun)
+
+    return update_needrun
+
+
+def _count(dag: Any, jobs: Iterable[Any]) -> None:
+    for job in jobs:
+        dag._n_until_ready[job] = sum(before in dag._needrun for before in dag._dependencies[job])
+    dag._len = len(dag._finished | dag._needrun)
+
+
 def _with_packs(update: Callable) -> Callable:
     async def update_needrun(dag: Any, *args: Any, **keywords: Any) -> None:
         packs = {job for job in dag.jobs if _is_pack(job)} - dag._finished
@@ -122,9 +155,7 @@ def _add_packs(dag: Any) -> None:
         dag.reason(pack).missing_output.update(pack.output)
     for pack in wanted:
         _wait_for_trainings(dag, pack)
-    for job in [*wanted, *(job for pack in packs for job in _own_jobs(dag, pack))]:
-        dag._n_until_ready[job] = sum(before in dag._needrun for before in dag._dependencies[job])
-    dag._len = len(dag._finished | dag._needrun)
+    _count(dag, [*wanted, *(job for pack in packs for job in _own_jobs(dag, pack))])
 
 
 def _waits_for_a_training_alone(dag: Any, job: Any, packs: Container[Any]) -> bool:

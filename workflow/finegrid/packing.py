@@ -1,4 +1,4 @@
-"""The work of a pack: its runs trained, or scored, in one process and staged for their own jobs.
+"""The work of a pack: its runs trained, scored, or both, in one process and staged for their own jobs.
 
 Which runs: those whose own job Snakemake will run (:mod:`finegrid.pack_jobs` writes them down); typed by hand, all.
 What is staged and still true is kept, so a pack that was killed goes on where it was: a run in training from its
@@ -43,24 +43,30 @@ def needed(study: Study, pack: str, stage: str, scratch: Path) -> list[Run]:
     Raises:
         UserError: the study has no such pack.
     """
-    runs = pack_of_name(study, pack).runs
+    runs, said = pack_of_name(study, pack).runs, _said(study, pack, stage, scratch)
+    return [run for run in runs if said is None or run.id in said]
+
+
+def _said(study: Study, pack: str, stage: str, scratch: Path) -> list[str] | None:
     try:
-        said = json.loads((scratch / study.name / NEEDED).read_text(encoding="utf-8"))[stage][pack]
+        return json.loads((scratch / study.name / NEEDED).read_text(encoding="utf-8"))[stage][pack]
     except (OSError, ValueError, KeyError):
-        return list(runs)
-    return [run for run in runs if run.id in said]
+        return None
 
 
 # ---------------------------------------------------------------- training
 
 
-def train_pack(study: Study, pack: str, scratch: Path, say: Progress, together: int = 1) -> None:
-    """Train the needed runs of a pack and stage them.
+def train_pack(
+    study: Study, pack: str, scratch: Path, say: Progress, together: int = 1, rows: int | None = None
+) -> None:
+    """Train the needed runs of a pack and stage them; and score those whose scores are needed too, if asked for.
 
     Args:
         scratch: folder of all studies' checkpoints.
         together: how many runs make their steps together on a GPU; on the CPU one trains after the other, to the bits
             of a run alone.
+        rows: those of :func:`evaluate_pack`, to score here what was trained, which saves a start; None doesn't.
 
     Raises:
         UserError: the study has no such pack.
@@ -75,6 +81,12 @@ def train_pack(study: Study, pack: str, scratch: Path, say: Progress, together: 
         if left:
             on_gpu = device_name(left[0]) != "cpu"
             _train_together(study, left, scratch, places, identities, together if on_gpu else 1, stop, say)
+    scored = _said(study, pack, "evaluate", scratch) or []
+    if rows is not None:
+        try:
+            _score(study, [run for run in runs if run.id in scored], scratch, rows, say)
+        except Exception as error:  # what was trained is not lost, and the job for the scores tells what is wrong
+            say(f"scores are left to a job of their own: {type(error).__name__}: {error}")
 
 
 def _lock(runs: list[Run], study: Study, scratch: Path, locks: contextlib.ExitStack, say: Progress) -> None:
@@ -97,6 +109,8 @@ def _train_together(
     """Train each run in a lane of its own, so many at once; one by one, none has to wait for another's batch."""
     leave_out_unused(run.settings for run in runs)
     import finegrid.training.train  # noqa: F401 - sets what must be set before transformers is imported
+
+    gc.freeze()  # the libraries' own objects: looking through them for garbage takes a quarter of a second each time
     from finegrid.training.joint import JointPass
     from finegrid.training.lockstep import Lane, run_together
     from finegrid.training.resident import ResidentBase
@@ -171,8 +185,12 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: i
     Raises:
         UserError: the study has no such pack.
     """
+    _score(study, needed(study, pack, "evaluate", scratch), scratch, rows, say)
+
+
+def _score(study: Study, runs: list[Run], scratch: Path, rows: int, say: Progress) -> None:
     left: dict[str, tuple[Run, Staging, dict[str, Any], Path]] = {}
-    for run in needed(study, pack, "evaluate", scratch):
+    for run in runs:
         place = Staging.of(scratch, study.name, run.id, "evaluate")
         trained = _trained(study, run, scratch, place)
         if trained is None:

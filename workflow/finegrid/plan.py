@@ -58,6 +58,7 @@ MARGIN = 1.1  # on the memory that a job is given: batches differ, and so do all
 # On the CPU, of what tensors need: glibc's default allocator holds 1.1 to 2.2 times that (tests/benchmarks/memory.py
 # --allocator default) where every row is as long as the longest. Second and third attempts ask for 2.3 and 3 times.
 HELD = 1.5
+SCORING_MEMORY = 1.25  # times what a pack's training asks for: so much may it ask for to score its runs too
 CPU_EVALUATION_SECONDS = 600  # an evaluation that takes no longer on a CPU holds no GPU
 
 
@@ -514,6 +515,13 @@ def evaluation_pack_needs(context: Context, runs: Sequence[Run], without_gpu: bo
         adapters = [context.facts(run)["memory"]["adapters"] for run in runs]
         needs["mem_mb"] += math.ceil(sum(adapters) * HELD / MEGABYTE)
     return needs | _pack_seconds([each.get("seconds") for each in needed], start_seconds(runs[0].settings, shape))
+
+
+def scores_with_training(training: Mapping[str, int], evaluation: Mapping[str, int]) -> bool:
+    """Return whether a pack's training scores its runs too, which saves a start and a wait: on as many GPUs, and with
+    about the same memory. The arguments are what the two ask for."""
+    same = training["gpus"] == evaluation["gpus"]
+    return same and evaluation["mem_mb"] <= training["mem_mb"] * SCORING_MEMORY
 
 
 def _pack_seconds(seconds: Sequence[float | None], saved: float) -> dict[str, int]:

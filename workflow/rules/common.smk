@@ -13,6 +13,7 @@ from finegrid.errors import UserError
 from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.gpus import detected
+from finegrid.memory import ALLOCATOR
 from finegrid.plan import (
     Context,
     cluster_gpus,
@@ -22,6 +23,7 @@ from finegrid.plan import (
     hardware_of,
     pack_needs,
     plan_settings,
+    scores_with_training,
     training_needs,
 )
 from finegrid.publication.metadata import report_metadata
@@ -57,6 +59,8 @@ shell.prefix(
 )
 
 
+# For processes that train or score on the CPU; read by the allocator before they start.
+KEEPS_MEMORY = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items())
 PREFIX = (
     shell._process_prefix
 )  # of a job that is sent elsewhere; those that place say so
@@ -405,17 +409,38 @@ def pack_manifest(wildcards):
 def pack_training_memory(wildcards, attempt):
     """Megabytes: the base once, and what belongs to each run."""
     needed = training_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
+    if scores_too(wildcards):
+        scoring = evaluation_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
+        needed = max(needed, scoring)
     return int(needed * (1 + (attempt - 1) / 2))
 
 
 def pack_training_minutes(wildcards, attempt):
     needs = training_of_pack(wildcards.study, wildcards.pack)
-    return needs.get("runtime", 1440) * attempt
+    minutes = needs.get("runtime", 1440)
+    if scores_too(wildcards):
+        minutes += pack_evaluation_minutes(wildcards, 1)
+    return minutes * attempt
 
 
 def pack_together(wildcards):
     """How many runs of a pack make their steps together."""
     return training_of_pack(wildcards.study, wildcards.pack)["together"]
+
+
+def pack_scoring(wildcards):
+    """The option by which the training of a pack scores its runs too; nothing if that is a job of its own."""
+    if not scores_too(wildcards):
+        return ""
+    return f"--score {pack_answers(wildcards)}"
+
+
+def scores_too(wildcards):
+    """Whether the training of a pack scores its runs, see finegrid.plan.scores_with_training."""
+    study, pack = wildcards.study, wildcards.pack
+    return scores_with_training(
+        training_of_pack(study, pack), evaluation_of_pack(study, pack)
+    )
 
 
 def pack_training_gpus(wildcards):

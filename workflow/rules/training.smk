@@ -49,10 +49,12 @@ rule train_pack:
         runtime=pack_training_minutes,
     params:
         together=pack_together,
+        scoring=pack_scoring,
     message:
         "Train pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together} --log {log}"
+        "{KEEPS_MEMORY} finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together}"
+        " {params.scoring} --log {log}"
 
 
 rule train_adapter:
@@ -88,7 +90,7 @@ rule train_adapter:
     message:
         "Train {wildcards.run} of study {wildcards.study}."
     shell:
-        "finegrid train {wildcards.study} {wildcards.run} --log {log}"
+        "{KEEPS_MEMORY} finegrid train {wildcards.study} {wildcards.run} --log {log}"
 
 
 use rule train_adapter as train_model with:

@@ -39,10 +39,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 METRICS_VERSION = "1"
 SCORES = ("exact_match", "f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
@@ -215,6 +217,9 @@ def _signature(metric: BLEU | CHRF) -> str:
 
 @cache
 def _rouge_scorer(language: str) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # half a second of a start, and losses alone need none
+    from rouge_score.tokenizers import DefaultTokenizer
+
     tokenizers = {"en": DefaultTokenizer, "zh": JiebaTokenizer, "other": UnicodeTokenizer}
     return RougeScorer(list(_ROUGE), tokenizer=tokenizers[language]())
 

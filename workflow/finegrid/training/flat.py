@@ -2,10 +2,11 @@
 
 All of a decoder but attention works on each token by itself, so padding is computed for nothing. Rows are therefore
 laid end to end, as one row of S tokens with each token's position in its own row, and the attention function here,
-registered with transformers, lets each row see itself alone: it sets queries, keys and values of shape (1, heads, S,
-width) into the (B, T) grid of the padded batch, calls torch's causal attention without any mask (what fills a row's
-end is behind all of its tokens, none sees it), and takes the tokens out again. Rows of one length are only viewed
-otherwise, nothing is copied. FlashAttention has kernels for rows end to end, it gets its own arguments.
+registered with transformers, lets each row see itself alone. On the CPU torch's causal attention is called for one row
+after the other. On a GPU, where many small calls cost more than what they save, queries, keys and values of shape (1,
+heads, S, width) are set into the (B, T) grid of the padded batch, attention is called without any mask (what fills a
+row's end is behind all of its tokens, none sees it), and the tokens are taken out again. Rows of one length are only
+viewed otherwise, nothing is copied. FlashAttention has kernels for rows end to end, it gets its own arguments.
 
 Batches are those of :class:`finegrid.training.collation.Collator` with ``flat``.
 """
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "finegrid_flat"
+ROW_BY_ROW = "cpu"  # the type of device where attention is computed so
 # What the attention of some models does besides; `sliding_window` is seen to below.
 NOT_DONE = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -49,6 +51,7 @@ def flat_attention(
     attention_mask: torch.Tensor | None,
     cells: torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -60,6 +63,7 @@ def flat_attention(
         query: (1, heads, S, width); key and value may have fewer heads.
         cells: (S,), where each token stands in the flattened grid; None is a padded batch, with torch's attention.
         grid: rows, and tokens of the longest one.
+        cu_seq_lens_q: (rows + 1,), where each row begins, and S.
 
     Returns:
         (1, S, heads, width), and no weights.
@@ -73,17 +77,29 @@ def flat_attention(
     if cells is None:
         options |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    mask = None
-    if sliding_window is not None and grid[1] > sliding_window:
-        column = torch.arange(grid[1], device=query.device)
-        distance = column[:, None] - column[None, :]
-        mask = (distance >= 0) & (distance < sliding_window)
-    query, key, value = (_into_grid(states, cells, grid) for states in (query, key, value))
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
-    )
-    output = output.flatten(0, 1)  # (B * T, heads, width)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        mask = _window(query.shape[2], sliding_window, query.device)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
+        )
+        return output  # (rows, tokens, heads, width)
+
+    if query.device.type == ROW_BY_ROW and len(cells) < grid[0] * grid[1]:
+        lengths = cu_seq_lens_q.diff().tolist()
+        rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        return torch.cat([attend(*row) for row in rows], dim=1), None
+    output = attend(*(_into_grid(states, cells, grid) for states in (query, key, value))).flatten(0, 1)
     return (output if len(output) == len(cells) else output.index_select(0, cells))[None], None
+
+
+def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the mask of a sliding window, (T, T), if it is shorter than a row of so many tokens."""
+    if size is None or length <= size:
+        return None
+    column = torch.arange(length, device=device)
+    distance = column[:, None] - column[None, :]
+    return (distance >= 0) & (distance < size)
 
 
 def _into_grid(states: torch.Tensor, cells: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import resource
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ COLUMNS = [
     "memory_mb",
 ]
 
+SHARE = 0.01  # of a run's time, for the file that shows how it goes
 _told = [0.0]  # the highest peak that was told
 
 
@@ -52,14 +54,25 @@ def write_history(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class HistoryFile(TrainerCallback):
-    """Keeps a CSV of the history up to date while the run trains, for whoever wants to look."""
+    """Keeps a CSV of the history up to date while the run trains, for whoever wants to look.
+
+    It is written as a whole, which takes the longer the longer the run is: so often as takes :data:`SHARE` of the time.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self._again = 0.0
 
     def on_log(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
+        start = time.monotonic()
+        if start >= self._again and state.is_world_process_zero:
             write_history(self.path, history_rows(state.log_history))
+            end = time.monotonic()
+            self._again = end + (end - start) / SHARE
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._again = 0.0
+        self.on_log(args, state, control)
 
 
 def peak_memory_mb(device: torch.device) -> float:
