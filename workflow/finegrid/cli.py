@@ -31,7 +31,7 @@ from finegrid.staging import (
     training_identity,
     training_inputs,
 )
-from finegrid.startup import leave_out_unused
+from finegrid.startup import importing, leave_out_unused
 from finegrid.training import launch
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
@@ -240,7 +240,8 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 return
             made_at = provenance.commit(Path.cwd())
             leave_out_unused([the_run.settings])
-            from finegrid.training.train import train
+            with importing():
+                from finegrid.training.train import train
 
             train(
                 the_run.settings,
@@ -279,7 +280,8 @@ def evaluate(
         made_at = provenance.commit(Path.cwd())
         with live_state(scratch / the_study.name / run / "evaluation.json", run, log) as tell:
             leave_out_unused([the_run.settings])
-            from finegrid.evaluation.evaluate import evaluate
+            with importing():
+                from finegrid.evaluation.evaluate import evaluate
 
             def say(line: str) -> None:
                 tell(state="evaluating", line=line)
@@ -417,7 +419,8 @@ def orphans(
 def compare(study: StudyName, log: Log = None) -> None:
     """Compare the arms of a study: estimates, intervals, verdicts."""
     with _stage(f"compare {study}", log):
-        from finegrid.analysis.compare import compare
+        with importing():
+            from finegrid.analysis.compare import compare
         from finegrid.provenance import other_versions
 
         the_study = _study(study)
@@ -472,8 +475,10 @@ def figure(study: StudyName, name: str, log: Log = None) -> None:
         inputs = {"plan.json": results / "plan.json"} if name in PLAN_FIGURES else _study_inputs(the_study)
         record, code = results / "figures" / f"{name}.json", code_fingerprint(module)
         made_at = drawn_at(Path.cwd(), record, inputs, code)
+        with importing():
+            drawing = importlib.import_module(module)
         with stamped(the_study.name, made_at):
-            importlib.import_module(module).draw(results, results / "figures" / name)
+            drawing.draw(results, results / "figures" / name)
         _write_study_provenance(the_study, record, inputs, code, made_at)
 
 
@@ -483,8 +488,10 @@ def tables(study: StudyName, log: Log = None) -> None:
     with _stage(f"tables {study}", log):
         from finegrid.fingerprint import code_fingerprint
         from finegrid.provenance import drawn_at
-        from finegrid.publication.numbers import write_numbers  # which reads the tables' module too
-        from finegrid.publication.tables import write_tables
+
+        with importing():
+            from finegrid.publication.numbers import write_numbers  # which reads the tables' module too
+            from finegrid.publication.tables import write_tables
 
         the_study = _study(study)
         results = layout.RESULTS / the_study.name
@@ -499,7 +506,8 @@ def tables(study: StudyName, log: Log = None) -> None:
 def report(study: StudyName, log: Log = None) -> None:
     """Write the study's report, one HTML file, and print its path."""
     with _stage(f"report {study}", log) as progress:
-        from finegrid.publication.report import write_report
+        with importing():
+            from finegrid.publication.report import write_report
 
         output = layout.RESULTS / _study(study).name / "report.html"
         write_report(output.parent, output)

@@ -22,7 +22,7 @@ from finegrid.files import printing_to
 from finegrid.pack_jobs import NEEDED
 from finegrid.packs import pack_of_name
 from finegrid.staging import Staging, evaluation_identity, training_identity
-from finegrid.startup import leave_out_unused
+from finegrid.startup import importing, leave_out_unused
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
 
@@ -108,12 +108,11 @@ def _train_together(
 ) -> None:
     """Train each run in a lane of its own, so many at once; one by one, none has to wait for another's batch."""
     leave_out_unused(run.settings for run in runs)
-    import finegrid.training.train  # noqa: F401 - sets what must be set before transformers is imported
-
-    gc.freeze()  # the libraries' own objects: looking through them for garbage takes a quarter of a second each time
-    from finegrid.training.joint import JointPass
-    from finegrid.training.lockstep import Lane, run_together
-    from finegrid.training.resident import ResidentBase
+    with importing():
+        import finegrid.training.train  # noqa: F401 - sets what must be set before transformers is imported
+        from finegrid.training.joint import JointPass
+        from finegrid.training.lockstep import Lane, run_together
+        from finegrid.training.resident import ResidentBase
 
     base = ResidentBase()
     joint = JointPass(lambda trainer: base.base(runs[0].settings, _model(runs[0]), trainer.args.device))
@@ -203,8 +202,9 @@ def _score(study: Study, runs: list[Run], scratch: Path, rows: int, say: Progres
     if not left:
         return
     leave_out_unused(run.settings for run, *_ in left.values())
-    import finegrid.evaluation.evaluate  # noqa: F401 - sets what must be set before transformers is imported
-    from finegrid.training.resident import ResidentBase
+    with importing():
+        import finegrid.evaluation.evaluate  # noqa: F401 - sets what must be set before transformers is imported
+        from finegrid.training.resident import ResidentBase
 
     base = ResidentBase()
     answers = _answers(left, base, rows, say) if rows and len(left) > 1 else {}
@@ -303,7 +303,8 @@ def _evaluate(
 
 def device_name(run: Run) -> str:
     """Return the name of the device that this process trains or scores a run on."""
-    import torch
+    with importing():
+        import torch
 
     uses_gpu = torch.cuda.is_available() and not run.settings.training_args.get("use_cpu", False)
     return torch.cuda.get_device_name() if uses_gpu else "cpu"

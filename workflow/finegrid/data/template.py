@@ -29,6 +29,7 @@ from jinja2 import TemplateError
 
 from finegrid.data.words import WordEncoder
 from finegrid.errors import UserError
+from finegrid.startup import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -527,7 +528,8 @@ def _load_tokenizer(model: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     AutoTokenizer looks at the model's configuration, whose own class imports all that a model of the kind may need
     (more than a second). Where ``tokenizer_config.json`` names the tokenizer's class itself, the values are enough.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig
+    with importing():
+        from transformers import AutoTokenizer, PreTrainedConfig
 
     config = None
     named, values = _json(model / "tokenizer_config.json"), _json(model / "config.json")
