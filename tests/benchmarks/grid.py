@@ -3,10 +3,10 @@
     python tests/benchmarks/grid.py [--models 1M 10M 135M] [--sides …] [--repeats 3]
 
 Four learning rates × three seeds, batch 4, fp32; every run evaluates its validation rows before and after training,
-saves its adapter, and its loss on the test rows is computed. Rows are InsuranceQA's: a question with the first part of
-its answer, and the rest to be taught, half of the words; they are of mixed lengths, at most 256 tokens
-(``--rows answers``: the question alone, and the whole answer). All sides read the same token rows from the same Arrow
-files. 1M and 10M are random Llamas with a vocabulary of 8,192 tokens; 135M is SmolLM2.
+saves its adapter, and its loss on the test rows is computed. Rows are text of InsuranceQA of mixed lengths, those of
+`single_run.py` (mean about 90, at most 256 tokens, the last four in ten taught); with ``--rows answers`` its questions
+and whole answers. All sides read the same token rows from the same Arrow files. 1M and 10M are random Llamas with a
+vocabulary of 8,192 tokens; 135M is SmolLM2.
 
 The scripts are what a user writes: a process a run, AutoModel, peft, Trainer, the collator that pads each batch. They
 run one after the other with two threads (`sequential`) and two at a time with a thread each (`pairs`); `harsh` is pairs
@@ -49,8 +49,9 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 BATCH = 4
 ROWS = {"train": 400, "validation": 32, "test": 32}
-TAUGHT = 0.5  # of a row's words: four in ten tokens, with those of the template
-MOST_WORDS = 175  # of a row: 256 tokens with the template's own
+TAUGHT = 0.4  # of a row's tokens
+PAIRS_A_ROW = 4  # at most, of a row of 256 tokens
+TEMPLATE_TOKENS, TOKENS_A_WORD = 31, 1.2  # of the chat template, and about so many of a word
 SIDES = ("sequential", "pairs", "harsh", "trl", "finegrid")
 STUDY = """\
 title: Which learning rate?
@@ -105,7 +106,7 @@ def main() -> None:
         print("trl is not installed: pip install trl==1.16.0 to see its side")
     for model in options.models:
         with tempfile.TemporaryDirectory() as name:
-            project = prepare(model, Path(name) / "project", taught=TAUGHT if options.rows == "mixed" else 1.0)
+            project = prepare(model, Path(name) / "project", kind=options.rows)
             print(f"{model}: {lengths(project)}", flush=True)
             results: dict[str, list[Side]] = {side: [] for side in sides}
             for _ in range(options.repeats):
@@ -118,13 +119,13 @@ def main() -> None:
 
 
 def prepare(
-    model: str, project: Path, recipe: str = RECIPE, counts: dict[str, int] = ROWS, taught: float = 1.0
+    model: str, project: Path, recipe: str = RECIPE, counts: dict[str, int] = ROWS, kind: str = "answers"
 ) -> Path:
     """Return a copy of the project with the study, its model and its tokens.
 
     Args:
         counts: rows of each split.
-        taught: share of a row's words that is taught at most, the end of its answer; the rest is prompt.
+        kind: of rows, see the module: `mixed` or `answers`.
     """
     project.mkdir()
     for name in ("Snakefile", "config", "workflow", "profiles", "envs", "pyproject.toml"):
@@ -136,7 +137,7 @@ def prepare(
         os.symlink(source, project / "data/models/135M")
     else:
         random_model(model, source, project / "data/models" / model)
-    rows(project / "data/raw/grid", counts, taught)
+    rows(project / "data/raw/grid", counts, kind)
     steps = SIZES[model][1]
     (project / "config/recipes/grid.yaml").write_text(recipe.format(model=model, steps=steps))
     study = STUDY.format(rates=[f"{rate:.1e}" for rate in RATES], seeds=list(SEEDS), first=f"{RATES[0]:.1e}")
@@ -193,19 +194,36 @@ def random_model(model: str, source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def rows(folder: Path, counts: dict[str, int], taught: float) -> None:
+def rows(folder: Path, counts: dict[str, int], kind: str) -> None:
     folder.mkdir(parents=True)
-    for split, count in counts.items():
-        short = (row for row in raw(split) if len(f"{row['question']} {row['answer']}".split()) <= MOST_WORDS)
-        lines = [json.dumps(divided(row, taught)) + "\n" for row in itertools.islice(short, count)]
-        (folder / f"{split}.jsonl").write_text("".join(lines))
+    for number, (split, count) in enumerate(counts.items()):
+        pairs = raw(split)
+        if kind == "mixed":
+            starts = itertools.count(0, PAIRS_A_ROW)
+            made = [
+                mixed(pairs[place:], tokens)
+                for place, tokens in zip(starts, drawn_lengths(count, number), strict=False)
+            ]
+        else:
+            made = pairs[:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
 
 
-def divided(row: dict[str, Any], taught: float) -> dict[str, Any]:
-    """Return a row whose answer is the last words of the whole; those before are asked."""
-    question, answer = row["question"].split(), row["answer"].split()
-    asked = max(0, len(answer) - round(taught * (len(question) + len(answer))))
-    return row | {"question": " ".join([*question, *answer[:asked]]), "answer": " ".join(answer[asked:])}
+def drawn_lengths(count: int, seed: int) -> list[int]:
+    """Return tokens of rows: a mean of about 90 and a long tail up to 256."""
+    import numpy as np
+
+    return np.clip(np.exp(np.random.default_rng(seed).normal(4.3, 0.6, count)), 16, 256).astype(int).tolist()
+
+
+def mixed(pairs: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Return a row of about so many tokens: the words of the first pairs, the last four tokens in ten taught."""
+    count = max(6, round((tokens - TEMPLATE_TOKENS) / TOKENS_A_WORD))
+    words = " ".join(f"{pair['question']} {pair['answer']}" for pair in pairs[:PAIRS_A_ROW]).split()
+    count = min(count, len(words))
+    taught = min(count - 2, round(TAUGHT * tokens / TOKENS_A_WORD))
+    asked = count - taught
+    return pairs[0] | {"question": " ".join(words[:asked]), "answer": " ".join(words[asked:count])}
 
 
 def lengths(project: Path) -> str:

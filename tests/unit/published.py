@@ -108,6 +108,7 @@ class Run:
             labels=self.labels or self.rows * self.length,
             device="cuda",
             deepspeed=deepspeed,
+            whole_logits=True,
         )
 
     def predicted(self) -> float:

@@ -180,6 +180,27 @@ def test_the_peak_is_that_of_the_live_tensors(
     assert predicted.total - predicted.runtime == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "numerics"), [("full", "fp32"), ("lora", "fp32"), ("full", "autocast"), ("lora", "autocast")]
+)
+def test_many_label_tokens_take_no_more_than_the_logits_made_at_a_time(
+    method, numerics, tiny_models, tmp_path, monkeypatch
+):
+    rows, length, labels = 4, 96, 90
+    arguments = {"per_device_train_batch_size": rows, "bf16": numerics == "autocast", "use_cpu": True}
+    settings = settings_of(training_args=arguments, **METHODS[method])
+    folder = tiny_models("llama")
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    batch = {"rows": rows, "length": length, "labels": rows * labels, "device": "cpu"}
+    whole = training_memory(settings, shape, **batch, whole_logits=True)
+    monkeypatch.setattr("finegrid.training.sizes.LOGITS_AT_ONCE", 60 * shape.vocabulary)
+    predicted = training_memory(settings, shape, **batch)
+    assert predicted.logits < whole.logits / 4
+    counted = live_bytes_of_training(settings, folder, rows, length, labels, tmp_path)
+    assert predicted.total - predicted.runtime == pytest.approx(counted, rel=0.05)
+    assert counted < 0.9 * (whole.total - whole.runtime)
+
+
 def test_validation_of_a_larger_batch_is_the_peak_of_a_run_that_evaluates(tiny_models, tmp_path):
     arguments = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 16, "activation_checkpointing": True}
     settings = settings_of(

@@ -234,6 +234,7 @@ class Numerics:
         adapter: bytes of an adapter's weight.
         adds_gradients: parameters have a gradient already when backward starts.
         smoothing: labels are smoothed.
+        parts: logits of a plain head are made for some label positions at a time.
         fused: the loss of a plain head is torch's ``linear_cross_entropy``.
         evaluates: nothing gets a gradient.
     """
@@ -249,6 +250,7 @@ class Numerics:
     adapter: int = FLOAT
     adds_gradients: bool = False
     smoothing: bool = False
+    parts: bool = True
     fused: bool = False
     evaluates: bool = False
 
@@ -586,7 +588,7 @@ class _Program:
         if self.numerics.fused and not shape.logit_softcap:
             return self.fused_loss(h, matrix)
         logits = self.linear(h, shape.vocabulary, matrix)
-        if not shape.logit_softcap:
+        if self.numerics.parts and not shape.logit_softcap:
             logits.elements = Size(chunk=shape.vocabulary)
         if shape.logit_softcap:
             logits = self.scale(logits)

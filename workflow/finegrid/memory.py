@@ -107,6 +107,7 @@ def training_memory(
     device: str,
     deepspeed: Mapping[str, Any] | None = None,
     padded: bool | None = None,
+    whole_logits: bool = False,
 ) -> Memory:
     """Return what a training step needs on each GPU, or on the CPU.
 
@@ -118,11 +119,12 @@ def training_memory(
         deepspeed: its configuration; None reads the file that ``training_args.deepspeed`` names, relative to the
             working directory.
         padded: whether rows differ in length, so that the attention gets a mask; None: with more than one row.
+        whole_logits: the logits of all label positions are made at once, as by trainers other than Finegrid's.
 
     Raises:
         UserError: the DeepSpeed file can't be read.
     """
-    plan = _plan(settings, shape, device, rows > 1 if padded is None else padded, deepspeed)
+    plan = _plan(settings, shape, device, rows > 1 if padded is None else padded, deepspeed, whole_logits)
     return plan.price(rows, length, labels)
 
 
@@ -423,7 +425,14 @@ class Way:
         return replace(self.base, **changes)
 
 
-def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspeed: Mapping[str, Any] | None) -> Way:
+def _way(
+    settings: RunSettings,
+    shape: Shape,
+    device: str,
+    masked: bool,
+    deepspeed: Mapping[str, Any] | None,
+    whole_logits: bool = False,
+) -> Way:
     arguments, quantised = settings.training_args, settings.quantization_config or {}
     zero = _zero(settings, device, deepspeed)
     autocast = _autocast(arguments, device) and not zero.half
@@ -435,6 +444,7 @@ def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspe
     attention = settings.model.attn_implementation or ("eager" if shape.family.eager else "sdpa")
     attention = attention if attention in ("eager", "sdpa") else "flash"
     smoothing, stream = bool(arguments.get("label_smoothing_factor")), FLOAT if base != "plain" else stored
+    parts = settings.processes == 1 and not zero.stage and not whole_logits
     embedding, head = _ends(shape)
     kept = (settings.peft_config or {}).get("modules_to_save") or ()
     weights, scales, decoded = _weights(shape, base, stored, quantised)
@@ -454,7 +464,8 @@ def _way(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspe
             adapter=adapter_itemsize,
             adds_gradients=(arguments.get("gradient_accumulation_steps") or 1) > 1,
             smoothing=smoothing,
-            fused=stream == FLOAT and settings.processes == 1 and not (autocast or smoothing or zero.stage),
+            parts=parts,
+            fused=parts and stream == FLOAT and not (autocast or smoothing),
         ),
         adapters=adaptation.layers,
         tensors=adaptation.tensors,
@@ -603,9 +614,16 @@ def _inputs(way: Way, rows: int, length: int, labels: int) -> float:
     return rows * length * 24 + labels * 16 + masks + 2 * length * way.shape.rotary_dim * way.base.stream
 
 
-def _plan(settings: RunSettings, shape: Shape, device: str, masked: bool, deepspeed: Mapping[str, Any] | None) -> Plan:
+def _plan(
+    settings: RunSettings,
+    shape: Shape,
+    device: str,
+    masked: bool,
+    deepspeed: Mapping[str, Any] | None,
+    whole_logits: bool = False,
+) -> Plan:
     arguments = settings.training_args
-    way = _way(settings, shape, device, masked, deepspeed)
+    way = _way(settings, shape, device, masked, deepspeed, whole_logits)
     zero = _zero(settings, device, deepspeed)
     optim = arguments.get("optim") or "adamw_torch"
     data = settings.data_config
@@ -691,7 +709,8 @@ def _step(way: Way, checkpointing: bool, share: float) -> Iterable[Size]:
     if checkpointing:
         # Autocast's copies go when the model returns: beside the logits, before their float32 copy.
         copies = Size(fixed=_autocast_copies(way))
-        logits = Size(label=shape.vocabulary) if shape.logit_softcap else Size(chunk=shape.vocabulary)
+        whole = shape.logit_softcap or not numerics.parts
+        logits = Size(label=shape.vocabulary) if whole else Size(chunk=shape.vocabulary)
         yield before + copies + Size(token=2 * shape.hidden * FLOAT, label=HALF * 2 * shape.hidden) + logits * HALF
     for moment in (*head.forward, *head.backward):
         yield before + moment
