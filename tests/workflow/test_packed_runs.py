@@ -219,6 +219,27 @@ def test_runs_that_train_together_are_staged_as_runs_one_after_the_other(copy, m
     assert any(line.startswith(f"{wild}: failed") for line in said)
 
 
+def test_a_pack_that_can_not_score_has_still_trained(copy, monkeypatch):
+    monkeypatch.chdir(copy.folder)
+    study = load_study(Path("config/studies/tiny.yaml"), copy.folder)
+    (pack,) = packs_here(study, 1)
+    needed = {"train": {pack.name: []}, "evaluate": {pack.name: [study.runs[0].id]}}
+    Path("scratch/tiny/needed.json").write_text(json.dumps(needed))
+    asked: list[list[str]] = []
+
+    def no_room(study, runs, *rest):
+        asked.append([run.id for run in runs])
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(packing, "_score", no_room)
+    said: list[str] = []
+    packing.train_pack(study, pack.name, Path("scratch"), said.append, rows=0)
+    assert asked == [[]]  # of those that it has trained: none, here
+    assert said[-1] == "scores are left to a job of their own: MemoryError: no room"
+    packing.train_pack(study, pack.name, Path("scratch"), said.append)
+    assert len(asked) == 1
+
+
 def test_nothing_stale_is_placed(copy, monkeypatch):
     monkeypatch.chdir(copy.folder)
     run = load_study(Path("config/studies/tiny.yaml"), copy.folder).runs[0]

@@ -229,7 +229,8 @@ class Numerics:
         compute: bytes of the type that 4-bit layers compute in.
         trained: the weights themselves are trained (full fine-tuning).
         attention: ``sdpa``, ``eager`` or ``flash`` (flash-attn's own kernels).
-        masked: rows of unequal length: the attention gets a mask.
+        masked: rows of unequal length: the attention gets a mask, or is called row by row.
+        flat: they lie end to end, so that there is no mask.
         cuda: dropout keeps a mask of bytes, 4-bit layers answer in their input's type.
         adapter: bytes of an adapter's weight.
         adds_gradients: parameters have a gradient already when backward starts.
@@ -250,6 +251,7 @@ class Numerics:
     adapter: int = FLOAT
     adds_gradients: bool = False
     smoothing: bool = False
+    flat: bool = False
     parts: bool = True
     fused: bool = False
     evaluates: bool = False
@@ -491,10 +493,12 @@ class _Program:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         numerics, shape = self.numerics, self.shape
+        flat = numerics.flat and not shape.attention_softcap  # with which rows are padded
+        masked = numerics.masked and not flat
         if (
             shape.heads != shape.kv_heads
             and numerics.attention != "flash"
-            and (numerics.masked or numerics.attention == "eager")
+            and (masked or numerics.attention == "eager")
         ):
             k, v = (self.tape.op([x], q.elements, x.itemsize) for x in (k, v))
         if numerics.attention == "eager":
@@ -502,10 +506,12 @@ class _Program:
         if numerics.autocast:
             q, k, v = (self.cast(x, HALF) for x in (q, k, v))
         saves = [q, k, v, Tensor(Size(token=shape.heads), FLOAT, False)]
-        if numerics.masked and numerics.attention == "sdpa":
+        if masked and numerics.attention == "sdpa":
             saves.append(Tensor(Size(square=1), q.itemsize, False))  # made anew of the boolean mask in every layer
         out = self.tape.op([q, k, v], q.elements, q.itemsize, saves)
         self.tape.saves_output()
+        if flat and numerics.masked:  # the rows' outputs are put together
+            out = self.tape.op([out], out.elements, out.itemsize)
         if shape.family.joins_rope:
             out = self.tape.op([out], out.elements, out.itemsize)
         return out

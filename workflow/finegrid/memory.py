@@ -140,7 +140,7 @@ def evaluation_memory(
         device: ``cpu`` or ``cuda``.
     """
     how = _way(settings, shape, device, rows > 1, None)
-    numerics = how.numerics(evaluates=True, autocast=False, fused=False)  # the loss of each token is asked for
+    numerics = how.numerics(evaluates=True, autocast=False, flat=False, fused=False)  # losses one by one
     adapters, length = how.adapters[0][0], prompt + new_tokens
 
     def most(moments: Iterable[Size], columns: int, labels: int) -> float:
@@ -464,6 +464,7 @@ def _way(
             adapter=adapter_itemsize,
             adds_gradients=(arguments.get("gradient_accumulation_steps") or 1) > 1,
             smoothing=smoothing,
+            flat=settings.training.padding_free,
             parts=parts,
             fused=parts and stream == FLOAT and not (autocast or smoothing),
         ),
