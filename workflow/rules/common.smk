@@ -52,15 +52,15 @@ gc.set_threshold(100_000, 50, 50)
 atexit.register(gc.freeze)
 
 # Which study was asked for and where checkpoints live change no result: they reach the commands as environment
-# variables, not as tracked parameters.
+# variables, not as tracked parameters. KEEPS_MEMORY is for `env`, in front of what trains or scores: the allocator reads
+# its settings before a process starts.
 shell.prefix(
     f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])} "
-    f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))}; "
+    f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))} "
+    f"KEEPS_MEMORY={shlex.quote(' '.join(f'{name}={value}' for name, value in ALLOCATOR.items()))}; "
 )
 
 
-# For processes that train or score on the CPU; read by the allocator before they start.
-KEEPS_MEMORY = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items())
 PREFIX = (
     shell._process_prefix
 )  # of a job that is sent elsewhere; those that place say so

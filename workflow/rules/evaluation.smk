@@ -25,7 +25,7 @@ rule evaluate_pack:
     message:
         "Score pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "{KEEPS_MEMORY} finegrid evaluate-pack {wildcards.study} {wildcards.pack} --gpus {resources.gpu} --rows {params.rows}"
+        "env $KEEPS_MEMORY finegrid evaluate-pack {wildcards.study} {wildcards.pack} --gpus {resources.gpu} --rows {params.rows}"
         " --log {log}"
 
 
@@ -56,4 +56,4 @@ rule evaluate:
     message:
         "Evaluate {wildcards.run} of study {wildcards.study}."
     shell:
-        "{KEEPS_MEMORY} finegrid evaluate {wildcards.study} {wildcards.run} --gpus {resources.gpu} --log {log}"
+        "env $KEEPS_MEMORY finegrid evaluate {wildcards.study} {wildcards.run} --gpus {resources.gpu} --log {log}"

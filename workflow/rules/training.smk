@@ -53,7 +53,7 @@ rule train_pack:
     message:
         "Train pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "{KEEPS_MEMORY} finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together}"
+        "env $KEEPS_MEMORY finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together}"
         " {params.scoring} --log {log}"
 
 
@@ -90,7 +90,7 @@ rule train_adapter:
     message:
         "Train {wildcards.run} of study {wildcards.study}."
     shell:
-        "{KEEPS_MEMORY} finegrid train {wildcards.study} {wildcards.run} --log {log}"
+        "env $KEEPS_MEMORY finegrid train {wildcards.study} {wildcards.run} --log {log}"
 
 
 use rule train_adapter as train_model with:
