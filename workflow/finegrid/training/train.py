@@ -199,6 +199,10 @@ def training_arguments(
     values |= OURS | {"output_dir": str(checkpoints)}
     if not torch.accelerator.is_available():
         values["use_cpu"] = True  # else transformers refuses bf16, which the CPU can do
+    if values.get("load_best_model_at_end") and values.get("save_total_limit") == 1:
+        # The Trainer keeps the best and the last one with either, but with 1 it removes the last before training's end
+        # is evaluated: a run that is stopped there would train again what comes after the best.
+        values["save_total_limit"] = 2
     values.setdefault("run_name", checkpoints.name)
     values.setdefault("report_to", "none")
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
