@@ -1,11 +1,12 @@
 """One training run: Finegrid against transformers' Trainer with dynamic padding, on the same rows and settings.
 
-    python tests/benchmarks/single_run.py
+    python tests/benchmarks/single_run.py [--models 1M 10M 135M] [--methods LoRA full QLoRA] [--computes fp32 bf16]
 
-Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, fp32, one thread.
-Each side is a process of its own, and both make the same steps from the same weights in the same order. Printed are CPU
-seconds a step, without start-up and without the first two steps, the median of three repeats, each side's most resident
-memory, and the largest difference of the two loss curves; the last column is the ratio.
+Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, one thread. Each
+side is a process of its own, and both make the same steps from the same weights in the same order; Finegrid's has the
+allocator's settings that the workflow's jobs have, the Trainer's has none. Printed are CPU seconds a step, without
+start-up and without the first two steps, the median of three repeats, each side's most resident memory, and the largest
+difference of the two loss curves; the last column is the ratio. bf16 is autocast over weights in fp32, on both sides.
 """
 
 from __future__ import annotations
@@ -42,26 +43,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--computes", nargs="*", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(**options.worker)
         return
-    print("model method   Trainer, s/step   Finegrid, s/step   MiB, MiB   largest difference of losses   ratio")
+    print("model method compute   Trainer, s/step   Finegrid, s/step   MiB, MiB   largest difference of losses   ratio")
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
             for method in options.methods:
-                compare(model, method, Path(folder))
+                for compute in options.computes:
+                    compare(model, method, compute, Path(folder))
 
 
-def compare(model: str, method: str, folder: Path) -> None:
+def compare(model: str, method: str, compute: str, folder: Path) -> None:
     """Run both sides in turn and print a line."""
+    from finegrid.memory import ALLOCATOR
+
     found: dict[str, list[dict]] = {"trainer": [], "finegrid": []}
     prepare(model, folder)
     for _ in range(REPEATS):
         for side, results in found.items():
-            work = {"side": side, "model": model, "method": method, "folder": str(folder)}
+            work = {"side": side, "model": model, "method": method, "compute": compute, "folder": str(folder)}
             environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment |= ALLOCATOR if side == "finegrid" else {}
             command = [sys.executable, __file__, "--worker", json.dumps(work)]
             subprocess.run(command, check=True, env=environment | os.environ, stdout=subprocess.DEVNULL)
             results.append(json.loads((folder / f"{side}.json").read_text()))
@@ -70,18 +76,19 @@ def compare(model: str, method: str, folder: Path) -> None:
     curves = zip(found["trainer"][0]["losses"], found["finegrid"][0]["losses"], strict=True)
     difference = max(abs(one - other) for one, other in curves)
     print(
-        f"{model:5} {method:6} {seconds['trainer']:17.3f} {seconds['finegrid']:18.3f}   "
+        f"{model:5} {method:6} {compute:7} {seconds['trainer']:17.3f} {seconds['finegrid']:18.3f}   "
         f"{memory['trainer']:.0f}, {memory['finegrid']:.0f}   {difference:.1e}   "
         f"{seconds['finegrid'] / seconds['trainer']:.2f}",
         flush=True,
     )
 
 
-def worker(side: str, model: str, method: str, folder: str) -> None:
+def worker(side: str, model: str, method: str, compute: str, folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    result = {"trainer": plain_trainer, "finegrid": finegrid_trainer}[side](model, method, Path(folder))
+    values = arguments(model, Path(folder), bf16=compute == "bf16")
+    result = {"trainer": plain_trainer, "finegrid": finegrid_trainer}[side](model, method, values, Path(folder))
     (Path(folder) / f"{side}.json").write_text(json.dumps(result))
 
 
@@ -187,7 +194,7 @@ def trained(trainer: Any) -> dict[str, Any]:
     }
 
 
-def plain_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
+def plain_trainer(model: str, method: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """As a user writes it: AutoModel, peft, bitsandbytes as it comes, the collator that pads each batch."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -212,8 +219,7 @@ def plain_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
     rows = json.loads((folder / f"{model}-rows.json").read_text())
     data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
     collator = DataCollatorForSeq2Seq(padding_tokenizer(PreTrainedTokenizerFast), label_pad_token_id=-100)
-    args = TrainingArguments(**arguments(model, folder))
-    return trained(Trainer(base, args, train_dataset=data, data_collator=collator))
+    return trained(Trainer(base, TrainingArguments(**values), train_dataset=data, data_collator=collator))
 
 
 def padding_tokenizer(kind: type) -> Any:
@@ -222,7 +228,7 @@ def padding_tokenizer(kind: type) -> Any:
     return kind(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>")
 
 
-def finegrid_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
+def finegrid_trainer(model: str, method: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """As ``finegrid train`` does."""
     from datasets import Dataset
     from finegrid.settings import resolve
@@ -242,7 +248,7 @@ def finegrid_trainer(model: str, method: str, folder: Path) -> dict[str, Any]:
     set_seed(0)
     built = attach_adapter(settings, load_base(settings, folder_of(model, folder), "cpu"))
     data = Dataset.from_list(json.loads((folder / f"{model}-rows.json").read_text()))
-    return trained(LabelTokenTrainer(built, Seq2SeqTrainingArguments(**arguments(model, folder)), data))
+    return trained(LabelTokenTrainer(built, Seq2SeqTrainingArguments(**values), data))
 
 
 if __name__ == "__main__":

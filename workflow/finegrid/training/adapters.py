@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from finegrid.training.low_rank import WrittenOut
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -111,11 +113,15 @@ def why_not_plain(model: nn.Module) -> str | None:
     others = [
         name
         for name, module in layers.items()
-        if type(module).__name__ not in PLAIN or module.lora_variant or len(module.active_adapters) != 1
+        if not _is_plain(module) or module.lora_variant or len(module.active_adapters) != 1
     ]
     if others or not layers:
         return f"its adapter is no plain low-rank update ({others[0] if others else 'no layers'})"
     return None
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, WrittenOut) or type(layer).__name__ in PLAIN
 
 
 def adapted_layers(model: PeftModel) -> dict[str, nn.Module]:

@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import bitsandbytes as bnb
 import torch
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch.nn import functional
+
+from finegrid.training.low_rank import WrittenOut
 
 
 class ExactLinear4bit(bnb.nn.Linear4bit):
@@ -61,6 +64,10 @@ class ExactLinear4bit(bnb.nn.Linear4bit):
             self._decoded_scales = scales.float() + state.offset
             self._decoded_for = state
         return self._decoded_scales
+
+
+class LowRankLinear4bit(WrittenOut, PeftLinear4bit):
+    """peft's LoRA layer around a Linear4bit; see :mod:`finegrid.training.low_rank`."""
 
 
 class _DequantisedLinear(torch.autograd.Function):

@@ -40,6 +40,7 @@ from finegrid.training.flat import make_flat
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import Head, find_head, label_logits, label_states
+from finegrid.training.low_rank import write_out
 from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore_signals
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class LabelTokenTrainer(Trainer):
 
     def _look_at(self, model: torch.nn.Module) -> None:
         """Find out what this architecture allows: the head on label positions alone, rows without padding."""
+        if not (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):  # whose weights are whole in a module's forward
+            write_out(self.model)
         self.head, note = find_head(model)
         wrapped = self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.head is not None and wrapped:  # wrappers see to the weights of modules that run, and to no others

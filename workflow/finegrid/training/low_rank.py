@@ -1,0 +1,131 @@
+"""LoRA's linear layers as one operation: x W' + b + s (x A') B', with the backward pass written out.
+
+peft makes a layer's answer of four operations, whose results are as large as the answer, and autograd makes seven of
+them backward. Here the update is added to the base's product in place, and products with the rank are written with the
+rank first (A x' rather than x A'): a CPU's matrix products of a few columns take two to four times as long as those of
+a few rows. The arithmetic is peft's up to rounding; adapters, their files and their configs are peft's own.
+
+Used by training and by scoring. A layer of which more is asked than this (DoRA and other variants, several adapters at
+a time, autocast, weights kept elsewhere) does it as peft does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+class WrittenOut:
+    """What is put before one of peft's LoRA layer classes."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Apply the layer to x of shape (..., in_features)."""
+        adapter = None if args or options else _adapter_of(self, x)
+        return super().forward(x, *args, **options) if adapter is None else _apply(self, x, adapter)
+
+
+class LowRankLinear(WrittenOut, PeftLinear):
+    """peft's LoRA layer around ``nn.Linear``."""
+
+
+def write_out(model: nn.Module) -> nn.Module:
+    """Let a model's LoRA layers work as the module says, in place, and return the model.
+
+    Parameters, state dict and saved files stay peft's own. A model without such layers is left alone.
+    """
+    for module in model.modules():
+        # A new class, not a new `forward` on the instance: copies, peft's isinstance checks and hooks keep working.
+        if type(module) is PeftLinear:
+            module.__class__ = LowRankLinear
+        elif type(module).__name__ == "Linear4bit" and hasattr(module, "lora_A"):
+            from finegrid.training.quantisation import LowRankLinear4bit  # bitsandbytes takes a second to import
+
+            module.__class__ = LowRankLinear4bit
+    return model
+
+
+class _LowRank(torch.autograd.Function):
+    """See the module; base and update may see another x, where there is dropout."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+        base: nn.Module,
+    ) -> torch.Tensor:
+        """Return the answer to x of shape (..., inputs).
+
+        Args:
+            dropped: x after dropout, what the update is made of; None: x itself.
+            down: A, (r, inputs).
+            up: B, (outputs, r).
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        seen = rows if dropped is None else dropped.reshape(rows.shape)
+        low = (down @ seen.t()).mul_(scaling)  # (r, rows)
+        answer = functional.linear(rows, _weight(base, x.dtype), base.bias).addmm_(low.t(), up.t())
+        ctx.save_for_backward(seen, down, up, low)
+        ctx.scaling, ctx.base, ctx.shape, ctx.drops = scaling, base, x.shape, dropped is not None
+        return answer.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        seen, down, up, low = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        to_low = (up.t() @ gradient.t()).mul_(ctx.scaling)  # (r, rows)
+        to_down, to_up = to_low @ seen, (low @ gradient).t()
+        to_x = to_dropped = None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ _weight(ctx.base, gradient.dtype)
+            to_x = (to_x if ctx.drops else to_x.addmm_(to_low.t(), down)).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            to_dropped = (to_low.t() @ down).view(ctx.shape)
+        return to_x, to_dropped, to_down, to_up, None, None
+
+
+def _apply(layer: LoraLayer, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    dropout = layer.lora_dropout[adapter]
+    dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0.0) else None
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return _LowRank.apply(x, dropped, down, up, layer.scaling[adapter], layer.base_layer)
+
+
+def _adapter_of(layer: LoraLayer, x: torch.Tensor) -> str | None:
+    """Return the adapter that the layer's answer to x has, if that is all there is to it."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A or adapter in layer.lora_variant or torch.is_autocast_enabled(x.device.type):
+        return None
+    down, up, base = layer.lora_A[adapter], layer.lora_B[adapter], layer.base_layer
+    parts = (base, down, up, layer.lora_dropout[adapter])
+    if any(part._forward_pre_hooks or part._forward_hooks or "forward" in part.__dict__ for part in parts):
+        return None  # what somebody hung on a module has to run
+    weights = (base.weight, base.bias)
+    if down.bias is not None or up.bias is not None or any(w is not None and w.requires_grad for w in weights):
+        return None
+    return adapter if _computes_in(base, x) == x.dtype == down.weight.dtype == up.weight.dtype else None
+
+
+def _computes_in(base: nn.Module, x: torch.Tensor) -> torch.dtype | None:
+    if type(base) is nn.Linear:
+        return base.weight.dtype
+    exact = hasattr(base, "dequantised_weight") and x.device.type == "cpu"
+    return (base.compute_dtype or x.dtype) if exact else None
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """Return the base's weight (outputs, inputs), de-quantised where it is 4 bits."""
+    return base.weight if type(base) is nn.Linear else base.dequantised_weight(dtype)
