@@ -17,6 +17,7 @@ from finegrid.errors import UserError
 from finegrid.settings import RunSettings
 from finegrid.training import progress as progress_module
 from finegrid.training import train as train_module
+from finegrid.training import trainer as trainer_module
 from finegrid.training.model import load_base, load_trained
 from finegrid.training.train import train
 from token_rows import plain_loss, random_rows, write_tokens
@@ -60,7 +61,7 @@ def recipe(
     )
 
 
-def run(settings: RunSettings, tokens: Path, model: Path, folder: Path, progress=lambda line: None) -> dict:
+def run(settings: RunSettings, tokens: Path, model: Path, folder: Path, progress=lambda line: None, **options) -> dict:
     return train(
         settings,
         tokens=tokens,
@@ -70,6 +71,7 @@ def run(settings: RunSettings, tokens: Path, model: Path, folder: Path, progress
         summary=folder / "summary.json",
         checkpoints=folder / "scratch" / "run",
         progress=progress,
+        **options,
     )
 
 
@@ -189,6 +191,34 @@ def test_rerunning_gives_the_same_bits_and_another_seed_another_adapter(tokens, 
     assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     for name, weight in weights(tmp_path / "a").items():
         assert not torch.equal(weight, weights(tmp_path / "c")[name]), name
+
+
+def test_runs_on_one_base_find_its_loss_to_the_bit(tokens, tiny_model_dir, tmp_path, monkeypatch):
+    passes = []
+    own = trainer_module.LabelTokenTrainer.validation_loss
+    monkeypatch.setattr(
+        trainer_module.LabelTokenTrainer,
+        "validation_loss",
+        lambda self, rows: passes.append(self.state.global_step) or own(self, rows),
+    )
+    losses: dict = {}
+    alone = [run(recipe(LORA | {"r": r}, seed=r), tokens, tiny_model_dir, tmp_path / f"alone-{r}") for r in (2, 5)]
+    assert passes == [0, 6] * 2
+    passes.clear()
+    beside = [
+        run(recipe(LORA | {"r": r}, seed=r), tokens, tiny_model_dir, tmp_path / f"beside-{r}", base_losses=losses)
+        for r in (2, 5)
+    ]
+    assert passes == [0, 6, 6]
+    assert list(losses.values()) == [alone[0]["base_eval_loss"]]
+    for r, one, other in zip((2, 5), alone, beside, strict=True):
+        assert other["base_eval_loss"] == one["base_eval_loss"]
+        assert numbers(tmp_path / f"beside-{r}") == numbers(tmp_path / f"alone-{r}")
+    # Batches of another size round otherwise, and an adapter that starts with an update of its own is no base.
+    run(recipe(LORA, per_device_eval_batch_size=3), tokens, tiny_model_dir, tmp_path / "size", base_losses=losses)
+    run(recipe(LORA | {"init_lora_weights": "pissa"}), tokens, tiny_model_dir, tmp_path / "start", base_losses=losses)
+    assert passes[3:] == [0, 6] * 2
+    assert len(losses) == 2
 
 
 def test_tensorboard_gets_the_losses_of_the_history(tokens, tiny_model_dir, tmp_path):

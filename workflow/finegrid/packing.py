@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from finegrid.training.joint import JointPass
     from finegrid.training.lockstep import Lane
     from finegrid.training.resident import ResidentBase
+    from finegrid.training.trainer import BaseLosses
 
 Progress = Callable[[str], None]
 SECONDS_FOR_PLACING = 60.0  # in which a run's own job has moved its files, in truth in a moment
@@ -114,13 +115,13 @@ def _train_together(
         from finegrid.training.lockstep import Lane, run_together
         from finegrid.training.resident import ResidentBase
 
-    base = ResidentBase()
+    base, losses = ResidentBase(), {}
     joint = JointPass(lambda trainer: base.base(runs[0].settings, _model(runs[0]), trainer.args.device))
 
     def work(run: Run) -> Callable[[Lane], None]:
         company = joint if together > 1 else None
         return lambda lane: _train(
-            study, run, scratch, places[run.id], identities[run.id], stop, say, base, lane, company
+            study, run, scratch, places[run.id], identities[run.id], stop, say, base, losses, lane, company
         )
 
     for run in runs:
@@ -141,6 +142,7 @@ def _train(
     stop: Stop,
     say: Progress,
     base: ResidentBase,
+    losses: BaseLosses,
     lane: Lane,
     joint: JointPass | None,
 ) -> None:
@@ -166,6 +168,7 @@ def _train(
                 stop=stop,
                 load=base.base,
                 company=(lane, joint) if joint else None,
+                base_losses=losses,
             )
         place.finish(identity, made_at=made_at)
     if joint is not None:

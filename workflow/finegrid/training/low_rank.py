@@ -5,8 +5,8 @@ them backward. Here the update is added to the base's product in place, and prod
 rank first (A x' rather than x A'): a CPU's matrix products of a few columns take two to four times as long as those of
 a few rows. The arithmetic is peft's up to rounding; adapters, their files and their configs are peft's own.
 
-Used by training and by scoring. A layer of which more is asked than this (DoRA and other variants, several adapters at
-a time, autocast, weights kept elsewhere) does it as peft does.
+Used by training; scoring runs peft's own. A layer of which more is asked than this (DoRA and other variants, several
+adapters at a time, autocast, weights kept elsewhere) does it as peft does.
 """
 
 from __future__ import annotations

@@ -137,8 +137,5 @@ def load_trained(
     else:
         from peft import PeftModel
 
-        from finegrid.training.low_rank import write_out
-
         model = PeftModel.from_pretrained(load_base(settings, folder, device), str(adapter), is_trainable=False)
-        write_out(model)
     return model.eval().requires_grad_(False)

@@ -45,9 +45,7 @@ class ResidentBase:
         if adapter is not None:
             from peft import PeftModel
 
-            from finegrid.training.low_rank import write_out
-
-            model = write_out(PeftModel.from_pretrained(model, str(adapter), is_trainable=False))
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
         return model.eval().requires_grad_(False)
 
     def base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from finegrid.settings import RunSettings
     from finegrid.training.lockstep import Lane
+    from finegrid.training.trainer import BaseLosses
 
 Progress = Callable[[str], None]
 # Ours, whatever the recipe says: where files go, what the trainer may drop, and that no NaN is filtered from sight.
@@ -76,6 +77,7 @@ def train(
     stop: Stop | None = None,
     load: Callable[..., PreTrainedModel] = load_base,
     company: tuple[Lane, JointPass] | None = None,
+    base_losses: BaseLosses | None = None,
 ) -> dict[str, Any]:
     """Train one run, see the module, and return its summary.
 
@@ -92,6 +94,7 @@ def train(
         stop: who knows whether the process was asked to end; then it saves a checkpoint at the end of the step.
         load: gives the base model, as ``load_base`` does; in a pack the runs share its weights.
         company: the run's lane and who makes its steps together with other runs' ones, where it can be.
+        base_losses: what runs on this base and these rows know of its validation loss, and are to add to.
 
     Raises:
         UserError: settings that the libraries refuse, no rows to train on, a loss or gradient that is no number.
@@ -141,6 +144,7 @@ def train(
     else:
         progress(f"going on from step {_step(checkpoint)}")
     trainer.stop = stop or trainer.stop
+    trainer.base_losses = trainer.base_losses if base_losses is None else base_losses
     if company is not None:
         notes += keep_company(trainer, *company)
     try:

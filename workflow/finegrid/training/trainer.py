@@ -35,6 +35,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finegrid.files import whole
+from finegrid.training.adapters import adapted_layers, why_not_plain
 from finegrid.training.collation import Collator, first_rows
 from finegrid.training.flat import make_flat
 from finegrid.training.guards import check_evaluation, check_step
@@ -46,6 +47,7 @@ from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore
 if TYPE_CHECKING:
     from finegrid.training.lockstep import Lane
 
+BaseLosses = dict[tuple[int, bool], float]
 COUNTERS_FILE = "finegrid_counters.json"
 
 
@@ -98,6 +100,8 @@ class LabelTokenTrainer(Trainer):
         notes: sentences for the run's summary.
         stop: who knows whether this process was asked to end.
         lane: who makes forward and backward passes together with other runs' ones; None makes them here.
+        base_losses: validation losses of this base on these rows, by the size and the form of batches; runs that
+            share both find here what an earlier one has computed, to the bit what they would.
 
     Raises:
         UserError: from ``train`` and ``evaluate``, when a loss or a gradient is no finite number.
@@ -130,6 +134,7 @@ class LabelTokenTrainer(Trainer):
         self.notes: list[str] = []
         self.stop = Stop()
         self.lane: Lane | None = None
+        self.base_losses: BaseLosses = {}
         self._stops = False  # as the processes agreed in the step
         self._step_closed = 0
         self._saved_step: int | None = None
@@ -282,7 +287,8 @@ class LabelTokenTrainer(Trainer):
         """Return and log ``eval_loss``: the sum of the losses of the validation rows over their label tokens."""
         self._stop_clock()
         start = self._now()
-        loss = self.validation_loss(eval_dataset or self.eval_dataset)
+        rows = eval_dataset or self.eval_dataset
+        loss = self._loss_of_base(rows) if self._is_base() else self.validation_loss(rows)
         check_evaluation(self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": self._now() - start}
         self.log(metrics)
@@ -315,15 +321,28 @@ class LabelTokenTrainer(Trainer):
             total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
 
+    def _is_base(self) -> bool:
+        """Return whether an adapter leaves the base's numbers as they are, to the bit: no B has moved from zero."""
+        if self.state.global_step or self._starts_elsewhere() or why_not_plain(self.model) is not None:
+            return False
+        layers = adapted_layers(self.model).values()
+        return not any(layer.lora_B[name].weight.any() for layer in layers for name in layer.active_adapters)
+
+    def _loss_of_base(self, rows: Dataset) -> float:
+        key = (self.args.eval_batch_size, self.data_collator.flat)
+        if key not in self.base_losses:
+            self.base_losses[key] = self.validation_loss(rows)
+        return self.base_losses[key]
+
     def _untrained(self) -> contextlib.AbstractContextManager:
         """Before the first step, switch off an adapter that doesn't start as the base model: that is the base row."""
-        config = getattr(self.model, "active_peft_config", None)
-        differs = config is not None and (
-            config.is_prompt_learning or getattr(config, "init_lora_weights", True) is False
-        )
-        if differs and self.state.global_step == 0:
+        if self._starts_elsewhere() and self.state.global_step == 0:
             return self.accelerator.unwrap_model(self.model).disable_adapter()
         return contextlib.nullcontext()
+
+    def _starts_elsewhere(self) -> bool:
+        config = getattr(self.model, "active_peft_config", None)
+        return config is not None and (config.is_prompt_learning or getattr(config, "init_lora_weights", True) is False)
 
     def peak_memory_mb(self) -> float:
         """Return the peak of memory so far in MiB, of the process that needed most; to be called by all of them."""
