@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from finegrid.training.collation import Collator
+from finegrid.training.flat import make_flat
 from finegrid.training.loss import find_head, label_logits, label_states
 from finegrid.training.trainer import LabelTokenTrainer
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -213,6 +215,50 @@ def test_the_loss_of_an_adapted_model_is_pefts_own(config):
     own = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
     assert note is None
     assert mean_loss(model, head, batch) == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "balance" not in name])
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_last_mlp_on_label_positions_changes_neither_loss_nor_gradients(name, flat, monkeypatch):
+    model = make(name).double()
+    batch = Collator(flat=flat)(random_rows(5))
+    head, _ = find_head(model)
+    if head is None or (flat and make_flat(model, lambda batch: label_logits(model, head, batch)[0])):
+        pytest.skip("its rows can't lie end to end")
+    assert (head.mlp is None) == (name == "mixtral")  # the router's balance is that of all tokens
+    found, seen = [], []
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    mlp = head.mlp or layers[-1].mlp
+    forward = type(mlp).forward
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or forward(self, x))
+    for each in (head, replace(head, mlp=None)):
+        model.zero_grad()
+        loss = label_states(model, each, batch).loss()
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (loss, gradients), (whole, expected) = found
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+    everywhere = batch["input_ids"].numel()
+    last = len(batch["targets"]) if head.mlp else everywhere
+    assert seen == [everywhere, last, everywhere, everywhere]
+
+
+def test_a_last_mlp_that_looks_at_neighbours_runs_everywhere():
+    model = make()
+    forward = model.model.layers[-1].mlp.forward
+    model.model.layers[-1].mlp.forward = lambda x: forward(x + x.roll(1, dims=1))
+    assert find_head(model)[0].mlp is None
+
+
+@pytest.mark.parametrize(
+    ("values", "padding_free", "narrow"),
+    [({}, True, True), ({}, False, False), ({"activation_checkpointing": True}, True, False)],
+)
+def test_the_last_mlp_is_run_on_label_positions_where_rows_lie_end_to_end(tmp_path, values, padding_free, narrow):
+    rows = Dataset.from_list(random_rows(8))
+    trainer = LabelTokenTrainer(make(), arguments(tmp_path, **values), rows, padding_free=padding_free)
+    assert (trainer.head.mlp is not None) == narrow
 
 
 def test_a_head_that_needs_all_positions_is_found_out_and_told():

@@ -236,6 +236,7 @@ class Numerics:
         adds_gradients: parameters have a gradient already when backward starts.
         smoothing: labels are smoothed.
         parts: logits of a plain head are made for some label positions at a time.
+        narrow: the last layer's MLP is run on label positions alone.
         fused: the loss of a plain head is torch's ``linear_cross_entropy``.
         evaluates: nothing gets a gradient.
     """
@@ -253,6 +254,7 @@ class Numerics:
     smoothing: bool = False
     flat: bool = False
     parts: bool = True
+    narrow: bool = False
     fused: bool = False
     evaluates: bool = False
 
@@ -274,17 +276,21 @@ Adapters = tuple[Adapter | None, ...]  # one for each of shape.linears
 
 
 @lru_cache(maxsize=4096)
-def layer_timeline(shape: Shape, numerics: Numerics, adapters: Adapters, input_has_gradient: bool) -> Timeline:
+def layer_timeline(
+    shape: Shape, numerics: Numerics, adapters: Adapters, input_has_gradient: bool, is_last: bool = False
+) -> Timeline:
     """Play one decoder layer.
 
     Args:
         adapters: of the layer's linear layers.
         input_has_gradient: False for the first layer of a model whose embedding is frozen.
+        is_last: the MLP of such a layer may be run on label positions alone.
     """
     program = _Program(shape, numerics)
     width = shape.hidden
     source = Tensor(Size(token=width), numerics.stream, input_has_gradient and not numerics.evaluates)
-    result = program.layer(source, dict(zip((linear.name for linear in shape.linears), adapters, strict=True)))
+    by_name = dict(zip((linear.name for linear in shape.linears), adapters, strict=True))
+    result = program.layer(source, by_name, is_last and numerics.narrow)
     return program.tape.play(source, result, numerics.adds_gradients)
 
 
@@ -540,7 +546,7 @@ class _Program:
         out = self.tape.op([weights, v], q.elements, v.itemsize, [weights, v])
         return self.tape.op([out], out.elements, out.itemsize)
 
-    def layer(self, x: Tensor, adapters: Mapping[str, Adapter | None]) -> Tensor:
+    def layer(self, x: Tensor, adapters: Mapping[str, Adapter | None], narrow: bool) -> Tensor:
         shape, family = self.shape, self.shape.family
         linears = list(shape.linears)
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -565,7 +571,12 @@ class _Program:
             attention = self.norm(attention)
         x = self.add(x, attention)
         h = self.norm(x)
-        out = self.mlp(h, mlp, adapters)
+        if narrow:
+            at_labels = self.tape.op([h], Size(last=shape.hidden), h.itemsize)
+            out = self.mlp(at_labels, mlp, adapters)
+            out = self.tape.op([out], Size(token=shape.hidden), out.itemsize)
+        else:
+            out = self.mlp(h, mlp, adapters)
         self.tape.keep(h)
         if family.norms == 4:
             out = self.norm(out)
@@ -611,15 +622,15 @@ class _Program:
         return self.tape.op([losses], NOTHING, FLOAT, [losses])
 
     def fused_loss(self, h: Tensor, matrix: Tensor) -> Tensor:
-        """Gradients are made with the loss, and are what its backward gives: they are there once."""
+        """Gradients are made with the loss, and are what its backward gives; meanwhile there are zeros of their size,
+        for what the loss' own answers besides it might have got as gradients."""
         logits = Size(chunk=self.shape.vocabulary) * h.itemsize
         made = [Tensor(each.elements, each.itemsize, False) for each in (h, matrix) if each.needs_grad]
-        again = NOTHING
-        for gradient in made:
-            again -= gradient.bytes
-        return self.tape.op([h, matrix], NOTHING, FLOAT, made, forward_scratch=logits, backward_scratch=again)
+        return self.tape.op([h, matrix], NOTHING, FLOAT, made, forward_scratch=logits)
 
 
 def _like(x: Tensor, width: int) -> Size:
     """As many rows as x (all tokens, or the label positions) of another width."""
+    if x.elements.last:
+        return Size(last=width)
     return Size(label=width) if x.elements.label else Size(token=width)

@@ -144,7 +144,7 @@ def evaluation_memory(
     adapters, length = how.adapters[0][0], prompt + new_tokens
 
     def most(moments: Iterable[Size], columns: int, labels: int) -> float:
-        form = (rows * columns, rows * columns**2, labels, 1, 1, rows_of_logits(shape.vocabulary, labels))
+        form = (rows * columns, rows * columns**2, labels, 1, 1, rows_of_logits(shape.vocabulary, labels), labels)
         return max(_price(moment, form) for moment in moments)
 
     layer = layer_timeline(shape, numerics, adapters, False).forward
@@ -444,7 +444,8 @@ def _way(
     attention = settings.model.attn_implementation or ("eager" if shape.family.eager else "sdpa")
     attention = attention if attention in ("eager", "sdpa") else "flash"
     smoothing, stream = bool(arguments.get("label_smoothing_factor")), FLOAT if base != "plain" else stored
-    parts = settings.processes == 1 and not zero.stage and not whole_logits
+    unwrapped = settings.processes == 1 and not zero.stage
+    parts = unwrapped and not whole_logits
     embedding, head = _ends(shape)
     kept = (settings.peft_config or {}).get("modules_to_save") or ()
     weights, scales, decoded = _weights(shape, base, stored, quantised)
@@ -466,6 +467,9 @@ def _way(
             smoothing=smoothing,
             flat=settings.training.padding_free,
             parts=parts,
+            narrow=unwrapped
+            and settings.training.padding_free
+            and not (shape.attention_softcap or arguments.get("activation_checkpointing")),
             fused=parts and stream == FLOAT and not (autocast or smoothing),
         ),
         adapters=adaptation.layers,
@@ -564,7 +568,7 @@ class Plan:
     def price(self, rows: int, length: int, labels: int) -> Memory:
         """Return the memory of a step on such a batch, see :func:`training_memory`."""
         way = self.way
-        form = (rows * length, rows * length**2, labels, 1, 1, rows_of_logits(way.shape.vocabulary, labels))
+        form = (rows * length, rows * length**2, labels, 1, 1, rows_of_logits(way.shape.vocabulary, labels), labels)
         inputs = _inputs(way, rows, length, labels)
         step = max(_price(moment, form) for moment in self.moments) + inputs
         peaks = [step, self.gradients + self.temporaries]
@@ -572,11 +576,12 @@ class Plan:
             share = self.evaluation_rows / rows
             scored = round(labels * share)
             chunk = rows_of_logits(way.shape.vocabulary, scored)
-            validation = (form[0] * share, form[1] * share, scored, 1, 1, chunk)
+            validation = (form[0] * share, form[1] * share, scored, 1, 1, chunk, scored)
             peaks.append(max(_price(moment, validation) for moment in self.evaluation) + inputs * share)
         dynamic = max(peaks)
         fixed = 0 if way.base.base != "plain" else 1
-        activations = max(_price(moment, (form[0], form[1], 0, fixed, 0, 0)) for moment in self.moments) + inputs
+        kept = (form[0], form[1], 0, fixed, 0, 0, labels)
+        activations = max(_price(moment, kept) for moment in self.moments) + inputs
         runtime = _runtime(self.device, dynamic, self.static + dynamic)
         runtime = max(runtime, self.loading - self.static - dynamic)
         return Memory(
@@ -740,16 +745,19 @@ def _step(way: Way, checkpointing: bool, share: float) -> Iterable[Size]:
 
 def _timelines(way: Way, numerics: Numerics, first_has_gradient: bool) -> list[tuple]:
     """Return (timeline, how many layers, bytes of one layer's gradients) for each run of equal layers."""
-    runs = []
-    for adapters, count in way.adapters:
+    runs: list[tuple] = []
+    for number, (adapters, count) in enumerate(way.adapters, start=1):
         made = NOTHING
         if not numerics.adds_gradients and not numerics.evaluates:
             made = Size(gradient=_layer_trained(way, adapters))
         if not runs and not first_has_gradient:
-            runs.append((layer_timeline(way.shape, numerics, adapters, False), 1, made))
+            runs.append((layer_timeline(way.shape, numerics, adapters, False, way.shape.layers == 1), 1, made))
             count -= 1
-        if count:
-            runs.append((layer_timeline(way.shape, numerics, adapters, True), count, made))
+        is_last = number == len(way.adapters) and count > 0
+        if count > is_last:
+            runs.append((layer_timeline(way.shape, numerics, adapters, True), count - is_last, made))
+        if is_last:
+            runs.append((layer_timeline(way.shape, numerics, adapters, True, True), 1, made))
     return runs
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 class Size(NamedTuple):
     """Bytes as a linear form of the batch: ``token`` x tokens + ``square`` x rows x length² + ``label`` x label tokens
-    + ``chunk`` x label tokens whose logits are made at a time + ``fixed``; ``gradient`` are fixed bytes of parameters'
-    gradients, told apart so that they can be partitioned."""
+    + ``last`` x label tokens (in the last layer) + ``chunk`` x label tokens whose logits are made at a time +
+    ``fixed``; ``gradient`` are fixed bytes of parameters' gradients, told apart so that they can be partitioned."""
 
     token: float = 0
     square: float = 0
@@ -26,6 +26,7 @@ class Size(NamedTuple):
     fixed: float = 0
     gradient: float = 0
     chunk: float = 0
+    last: float = 0
 
     def __add__(self, other: Size) -> Size:
         return Size(*[a + b for a, b in zip(self, other, strict=True)])

@@ -40,6 +40,7 @@ class ManyAdapters:
         self._hooked: set[str] = set()
         self._names: Sequence[str] = ()
         self._sizes: list[int] = []
+        self._labels: list[int] = []
         self._dim = 0
         self._drawing: dict[str, Drawing] = {}
 
@@ -59,7 +60,12 @@ class ManyAdapters:
 
     @contextlib.contextmanager
     def parts(
-        self, names: Sequence[str], sizes: Sequence[int], dim: int, drawing: dict[str, Drawing] | None = None
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        dim: int,
+        drawing: dict[str, Drawing] | None = None,
+        labels: Sequence[int] = (),
     ) -> Iterator[None]:
         """Say whose the inputs are while the block runs.
 
@@ -67,8 +73,10 @@ class ManyAdapters:
             names: of the adapters, in the order of their parts.
             sizes: of the parts along ``dim`` of each layer's input.
             drawing: for each adapter the context that its dropout draws in.
+            labels: sizes of the parts where only label positions are computed.
         """
         self._names, self._sizes, self._dim, self._drawing = names, list(sizes), dim, drawing or {}
+        self._labels = list(labels)
         try:
             yield
         finally:
@@ -83,7 +91,8 @@ class ManyAdapters:
             layers = [self._layers[adapter].get(name) for adapter in self._names]
             if all(layer is None for layer in layers):
                 return None
-            parts = inputs[0].split(self._sizes, dim=self._dim)
+            whole = inputs[0].shape[self._dim] == sum(self._sizes)
+            parts = inputs[0].split(self._sizes if whole else self._labels, dim=self._dim)
             updates = [
                 self._update(adapter, layer, part, output)
                 for adapter, layer, part in zip(self._names, layers, parts, strict=True)

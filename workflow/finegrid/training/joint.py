@@ -102,12 +102,13 @@ class JointPass:
         batches = [lane.batch[0] for lane in lanes]
         trainers = [self._trainers[lane.name] for lane in lanes]
         drawing = {lane.name: lane.drawing for lane in lanes}
+        labels = [len(batch["targets"]) for batch in batches]
         with (
             trainers[0].compute_loss_context_manager(),
-            self._adapters.parts([lane.name for lane in lanes], sizes, dim=1, drawing=drawing),
+            self._adapters.parts([lane.name for lane in lanes], sizes, dim=1, drawing=drawing, labels=labels),
         ):
             states = label_states(self._adapters.base, self._head, merged(batches))
-            parts = states.split([len(batch["targets"]) for batch in batches])
+            parts = states.split(labels)
             losses = [
                 part.loss(trainer.args.label_smoothing_factor) / lane.batch[1]
                 for part, trainer, lane in zip(parts, trainers, lanes, strict=True)

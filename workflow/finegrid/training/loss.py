@@ -1,18 +1,19 @@
-"""The loss over label tokens, with the head run on label positions only.
+"""The loss over label tokens, with the head run on label positions only, and so the MLP of the last layer.
 
 A causal language model of vocabulary V gives B * T * V logits, most of them for prompt and padding. Here a hook in
 front of the head keeps the N positions that predict a label, so head and cross-entropy cost N * V. Where nothing is
 done to the logits after the head, it isn't run at all: torch's ``linear_cross_entropy`` makes loss and gradient of its
-matrix, in parts if N * V is large (:mod:`finegrid.training.sizes`). Everything else of the model's own forward pass
-stays: wrappers (DDP, DeepSpeed, peft, autocast), and whatever the architecture does to its logits (Gemma's soft cap,
-Cohere's and Granite's scale).
+matrix, in parts if N * V is large (:mod:`finegrid.training.sizes`). After the last attention no position sees another
+one: the last layer's MLP, the largest part of a layer, is run on the N positions, too. Everything else of the model's
+own forward pass stays: wrappers (DDP, DeepSpeed, peft, autocast), and whatever the architecture does to its logits
+(Gemma's soft cap, Cohere's and Granite's scale).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ class Head:
 
     Attributes:
         plain: whether it is a matrix, whose products are the model's logits.
+        mlp: that of the last layer, if it can be run on label positions alone.
     """
 
     module: nn.Module
     plain: bool = False
+    mlp: nn.Module | None = field(default=None, compare=False)
 
 
 class LabelStates:
@@ -150,16 +153,41 @@ def _head_given(
     """While the block runs, give the head what ``given`` makes of the hidden states of label positions."""
     positions, columns = batch["positions"], batch["input_ids"].shape[1]
 
-    def keep_label_positions(module: nn.Module, inputs: tuple) -> tuple:
+    def at_labels(hidden: torch.Tensor) -> torch.Tensor:
         # Virtual tokens of prompt tuning stand before the row's own: count columns from the right.
-        return (given(inputs[0][:, -columns:].flatten(0, 1).index_select(0, positions)), *inputs[1:])
+        return hidden[:, -columns:].flatten(0, 1).index_select(0, positions)
 
-    handle = head.module.register_forward_pre_hook(keep_label_positions) if head is not None else None
+    hooks = []
+    if head is not None:
+        hooks.append(
+            head.module.register_forward_pre_hook(lambda _, inputs: (given(at_labels(inputs[0])), *inputs[1:]))
+        )
+    if head is not None and head.mlp is not None:
+        hooks += _narrowed(head.mlp, at_labels, positions, columns)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _narrowed(
+    mlp: nn.Module, at_labels: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor, columns: int
+) -> list[Any]:
+    """Let a module work on label positions alone, and answer zeros for the others; return the hooks."""
+    shapes: list[torch.Size] = []
+
+    def narrow(module: nn.Module, inputs: tuple) -> tuple:
+        shapes.append(inputs[0].shape)
+        return (at_labels(inputs[0])[None], *inputs[1:])
+
+    def widen(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        rows, length, _ = shapes.pop()
+        places = positions + (positions // columns + 1) * (length - columns)
+        wide = output.new_zeros(rows * length, output.shape[-1]).index_copy(0, places, output[0])
+        return wide.unflatten(0, (rows, length))
+
+    return [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
@@ -171,7 +199,8 @@ def find_head(model: nn.Module) -> tuple[Head | None, str | None]:
     """Return the model's head if the hook in front of it works for this architecture, else None and a note why not.
 
     Tried out on six tokens rather than looked up by the architecture's name: logits of picked positions must be the
-    picked logits. A head is plain if they are the products of its matrix, too.
+    picked logits. A head is plain if they are the products of its matrix, too; the last layer's MLP is in it if the
+    logits stay what they are with that one on the picked positions.
     """
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
@@ -190,7 +219,8 @@ def find_head(model: nn.Module) -> tuple[Head | None, str | None]:
     try:
         expected, _ = label_logits(model, None, batch)
         found, _ = label_logits(model, head, batch)
-        return _found(model, head, batch, expected, found)
+        head, note = _found(model, head, batch, expected, found)
+        return _with_mlp(model, head, batch, expected), note
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         return None, f"all logits are computed: the head can't be run on label positions alone ({error})"
     finally:
@@ -211,6 +241,20 @@ def _found(
     # To the bit, and of some size: a soft cap leaves small numbers nearly as they are.
     same = torch.equal(products, found) and products.abs().max() > 1e-2
     return (plain if same else head), None
+
+
+def _with_mlp(model: nn.Module, head: Head | None, batch: dict[str, Any], expected: torch.Tensor) -> Head | None:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    mlp = getattr(max(lists, key=len, default=[None])[-1], "mlp", None)
+    # Experts tell the loss how often each was chosen: by all tokens.
+    if head is None or not isinstance(mlp, nn.Module) or hasattr(mlp, "experts"):
+        return head
+    narrow = replace(head, mlp=mlp)
+    try:
+        found, _ = label_logits(model, narrow, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return head
+    return head if _differ(found, expected) else narrow
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -168,6 +168,9 @@ class LabelTokenTrainer(Trainer):
             self.data_collator.flat = note is None
             if note:
                 self.notes.append(note)
+        # Padded batches draw for dropout what the Trainer's own draw, and checkpointing computes when hooks are gone.
+        if self.head is not None and (wrapped or self.args.activation_checkpointing or not self.data_collator.flat):
+            self.head = replace(self.head, mlp=None)
 
     def _prepare_for_training(self, *args, **options):
         prepared = super()._prepare_for_training(*args, **options)
