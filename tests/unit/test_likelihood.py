@@ -121,7 +121,7 @@ def test_other_architectures_keep_their_own_loss(model):
 def test_batches_are_bounded_by_rows_and_label_tokens_and_start_with_the_longest(monkeypatch):
     monkeypatch.setattr(likelihood, "LABEL_TOKENS_PER_BATCH", 40)
     rows = token_rows(20, 99)
-    batches = list(likelihood._batches(rows, 4))
+    batches = list(likelihood.batches(rows, 4))
     assert sorted(index for batch in batches for index in batch) == list(range(20))
     lengths = [len(rows[index]["input_ids"]) for batch in batches for index in batch]
     assert lengths == sorted(lengths, reverse=True)

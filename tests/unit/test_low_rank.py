@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from finegrid.training.low_rank import LowRankLinear, write_out
+from finegrid.training.low_rank import LowRankLinear, write_out, written_out
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
@@ -32,6 +32,12 @@ def adapted(dtype=torch.float64, **config):
     return model.to(dtype)
 
 
+def written(model):
+    changed = copy.deepcopy(model)
+    write_out(changed)
+    return changed
+
+
 def numbers(model, x):
     """Return the output and the gradients of x and of every parameter that has one."""
     x = x.clone().requires_grad_()
@@ -54,10 +60,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_output_and_gradients_are_pefts(shape, config, training, monkeypatch):
     model = adapted(**config).train(training)
-    written = write_out(copy.deepcopy(model))
+    ours = written(model)
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected, as_peft = numbers(model, x), calls(monkeypatch)
-    found = numbers(written, x)
+    found = numbers(ours, x)
     assert not as_peft
     assert found.keys() == expected.keys()
     assert len(expected) == 6  # two matrices a layer
@@ -68,18 +74,18 @@ def test_output_and_gradients_are_pefts(shape, config, training, monkeypatch):
 
 def test_an_input_without_gradient_gets_none_and_the_adapter_its_own():
     model = adapted()
-    written = write_out(copy.deepcopy(model))
+    ours = written(model)
     x = torch.randn(4, 12, dtype=torch.float64)
     model(x).sum().backward()
-    written(x).sum().backward()
-    for one, other in zip(model.parameters(), written.parameters(), strict=True):
+    ours(x).sum().backward()
+    for one, other in zip(model.parameters(), ours.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_by_differences():
-    model = write_out(adapted()).train()
+    model = written(adapted()).train()
     layer = model.base_model.model.second
     x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
     down, up = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
@@ -147,10 +153,10 @@ def two_adapters(model):
 )
 def test_what_is_more_than_this_peft_does(config, change, count, monkeypatch):
     model = change(adapted(**config))
-    written = write_out(copy.deepcopy(model))
+    ours = written(model)
     x = torch.randn(5, 12, dtype=torch.float64)
     expected, as_peft = numbers(model, x), calls(monkeypatch)
-    found = numbers(written, x)
+    found = numbers(ours, x)
     assert len(as_peft) == count
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
@@ -159,7 +165,7 @@ def test_what_is_more_than_this_peft_does(config, change, count, monkeypatch):
 @pytest.mark.parametrize("context", ["autocast", "disabled", "another dtype"])
 def test_where_the_call_asks_for_more_peft_does_it(context, monkeypatch):
     model = adapted(torch.float32)
-    written = write_out(copy.deepcopy(model))
+    ours = written(model)
     x = torch.randn(5, 12, dtype=torch.float64 if context == "another dtype" else torch.float32)
     as_peft = calls(monkeypatch)
     with contextlib.ExitStack() as stack:
@@ -167,20 +173,31 @@ def test_where_the_call_asks_for_more_peft_does_it(context, monkeypatch):
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         if context == "disabled":
             stack.enter_context(model.disable_adapter())
-            stack.enter_context(written.disable_adapter())
+            stack.enter_context(ours.disable_adapter())
         if context == "another dtype":
             with pytest.raises(RuntimeError, match="dtype"):  # the base's, as peft says it
-                written(x)
+                ours(x)
         else:
-            assert torch.equal(model(x), written(x))
+            assert torch.equal(model(x), ours(x))
     assert as_peft
+
+
+def test_while_a_block_runs(monkeypatch):
+    model, as_peft = adapted(), calls(monkeypatch)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with written_out(model):
+        found = model(x)
+        assert not as_peft
+    assert torch.allclose(model(x), found, rtol=1e-12)
+    assert len(as_peft) == 2
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
 
 
 def test_files_configs_and_copies_stay_pefts(tmp_path):
     model = adapted(torch.float32)
-    written = write_out(copy.deepcopy(model))
-    assert isinstance(copy.deepcopy(written).base_model.model.first, LowRankLinear)
-    for name, each in {"peft": model, "ours": written}.items():
+    ours = written(model)
+    assert isinstance(copy.deepcopy(ours).base_model.model.first, LowRankLinear)
+    for name, each in {"peft": model, "ours": ours}.items():
         each.save_pretrained(tmp_path / name)
     weights, configs = (
         [(tmp_path / side / name).read_bytes() for side in ("peft", "ours")]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from finegrid.errors import UserError
-from finegrid.settings import RunSettings
+from finegrid.evaluation.likelihood import label_nll, label_tokens
+from finegrid.settings import RunSettings, TrainingSettings
 from finegrid.training import progress as progress_module
 from finegrid.training import train as train_module
 from finegrid.training import trainer as trainer_module
@@ -24,6 +25,7 @@ from token_rows import plain_loss, random_rows, write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}
+WITHOUT_DROPOUT = LORA | {"lora_dropout": 0.0}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 VALIDATION = random_rows(7, seed=1, split="validation")
 
@@ -221,6 +223,25 @@ def test_runs_on_one_base_find_its_loss_to_the_bit(tokens, tiny_model_dir, tmp_p
     assert len(losses) == 2
 
 
+@pytest.mark.parametrize("quantised", [None, NF4], ids=["lora", "qlora"])
+def test_the_losses_of_the_last_validation_are_those_of_scoring_to_the_bit(tokens, tiny_model_dir, tmp_path, quantised):
+    found: list[float] = []
+    settings = recipe(LORA, quantised, eval_strategy="steps", eval_steps=4)
+    result = run(settings, tokens, tiny_model_dir, tmp_path, validated=found.extend)
+    scored = load_trained(settings, tiny_model_dir, tmp_path / "adapter", "cpu")
+    assert label_nll(scored, VALIDATION, batch_size=8) == found
+    assert sum(found) / sum(map(label_tokens, VALIDATION)) == pytest.approx(result["final_eval_loss"], rel=1e-12)
+
+
+def test_losses_that_scoring_would_compute_otherwise_are_not_told(tokens, tiny_model_dir, tmp_path):
+    found: list[float] = []
+    for name, values in {"bf16": {"bf16": True}, "checkpointing": {"activation_checkpointing": True}}.items():
+        run(recipe(LORA, **values), tokens, tiny_model_dir, tmp_path / name, validated=found.extend)
+    padded = recipe(LORA).model_copy(update={"training": TrainingSettings(padding_free=False)})
+    run(padded, tokens, tiny_model_dir, tmp_path / "padded", validated=found.extend)
+    assert not found
+
+
 def test_tensorboard_gets_the_losses_of_the_history(tokens, tiny_model_dir, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -270,7 +291,9 @@ def test_methods_of_peft_train_and_load(tiny_model_dir, tmp_path, peft_config):
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_qlora_trains_on_the_cpu_and_its_adapter_loads(tokens, tiny_model_dir, tmp_path, compute):
-    settings = recipe(LORA, NF4 | {"bnb_4bit_compute_dtype": compute, "bnb_4bit_use_double_quant": True}, max_steps=9)
+    settings = recipe(
+        WITHOUT_DROPOUT, NF4 | {"bnb_4bit_compute_dtype": compute, "bnb_4bit_use_double_quant": True}, max_steps=9
+    )
     result = run(settings, tokens, tiny_model_dir, tmp_path)
     assert (result["method"], result["dtype"], result["compute_dtype"]) == ("qlora", "nf4", compute)
     assert result["final_eval_loss"] < result["base_eval_loss"]
@@ -289,7 +312,7 @@ def test_bf16_is_honoured_on_the_cpu_with_float32_weights(tokens, tiny_model_dir
     assert half["final_eval_loss"] == pytest.approx(single["final_eval_loss"], abs=0.02)
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA | {"lora_dropout": 0.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("peft_config", [None, WITHOUT_DROPOUT], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_no_number(tokens, tiny_model_dir, tmp_path, peft_config):
     run(recipe(peft_config), tokens, tiny_model_dir, tmp_path / "plain")
     run(recipe(peft_config, gradient_checkpointing=True), tokens, tiny_model_dir, tmp_path / "checkpointed")
@@ -416,7 +439,7 @@ KILLED = """
 import json, os, signal, sys
 import torch
 from pathlib import Path
-from finegrid.settings import RunSettings
+from finegrid.settings import RunSettings, TrainingSettings
 from finegrid.training import progress
 from finegrid.training.train import train
 

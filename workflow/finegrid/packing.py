@@ -9,6 +9,7 @@ with more. Each run is locked while the pack is at work, and shows its own live 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import shutil
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from finegrid.training.trainer import BaseLosses
 
 Progress = Callable[[str], None]
+Validated = dict[str, list[float]]  # by run, each validation row's loss with what it trained
 SECONDS_FOR_PLACING = 60.0  # in which a run's own job has moved its files, in truth in a moment
 
 
@@ -73,6 +75,7 @@ def train_pack(
         UserError: the study has no such pack.
     """
     runs = needed(study, pack, "train", scratch)
+    validated: Validated = {}
     with Stop() as stop, contextlib.ExitStack() as locks:
         _lock(runs, study, scratch, locks, say)
         places = {run.id: Staging.of(scratch, study.name, run.id, "train") for run in runs}
@@ -81,11 +84,12 @@ def train_pack(
         say(f"{len(left)} of {len(runs)} runs to train: {', '.join(run.id for run in left)}")
         if left:
             on_gpu = device_name(left[0]) != "cpu"
-            _train_together(study, left, scratch, places, identities, together if on_gpu else 1, stop, say)
+            at_once = together if on_gpu else 1
+            _train_together(study, left, scratch, places, identities, at_once, stop, say, validated)
     scored = _said(study, pack, "evaluate", scratch) or []
     if rows is not None:
         try:
-            _score(study, [run for run in runs if run.id in scored], scratch, rows, say)
+            _score(study, [run for run in runs if run.id in scored], scratch, rows, say, validated)
         except Exception as error:  # what was trained is not lost, and the job for the scores tells what is wrong
             say(f"scores are left to a job of their own: {type(error).__name__}: {error}")
 
@@ -106,6 +110,7 @@ def _train_together(
     together: int,
     stop: Stop,
     say: Progress,
+    validated: Validated,
 ) -> None:
     """Train each run in a lane of its own, so many at once; one by one, none has to wait for another's batch."""
     leave_out_unused(run.settings for run in runs)
@@ -120,8 +125,9 @@ def _train_together(
 
     def work(run: Run) -> Callable[[Lane], None]:
         company = joint if together > 1 else None
+        keep = functools.partial(validated.__setitem__, run.id)
         return lambda lane: _train(
-            study, run, scratch, places[run.id], identities[run.id], stop, say, base, losses, lane, company
+            study, run, scratch, places[run.id], identities[run.id], stop, say, base, losses, keep, lane, company
         )
 
     for run in runs:
@@ -143,6 +149,7 @@ def _train(
     say: Progress,
     base: ResidentBase,
     losses: BaseLosses,
+    keep: Callable[[list[float]], None],
     lane: Lane,
     joint: JointPass | None,
 ) -> None:
@@ -169,6 +176,7 @@ def _train(
                 load=base.base,
                 company=(lane, joint) if joint else None,
                 base_losses=losses,
+                validated=keep,
             )
         place.finish(identity, made_at=made_at)
     if joint is not None:
@@ -190,7 +198,9 @@ def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: i
     _score(study, needed(study, pack, "evaluate", scratch), scratch, rows, say)
 
 
-def _score(study: Study, runs: list[Run], scratch: Path, rows: int, say: Progress) -> None:
+def _score(
+    study: Study, runs: list[Run], scratch: Path, rows: int, say: Progress, validated: Validated | None = None
+) -> None:
     left: dict[str, tuple[Run, Staging, dict[str, Any], Path]] = {}
     for run in runs:
         place = Staging.of(scratch, study.name, run.id, "evaluate")
@@ -212,7 +222,16 @@ def _score(study: Study, runs: list[Run], scratch: Path, rows: int, say: Progres
     base = ResidentBase()
     answers = _answers(left, base, rows, say) if rows and len(left) > 1 else {}
     for run, place, identity, weights in left.values():
-        _evaluate(study, run, scratch, place, identity, weights, say, base, answers.get(run.id))
+        known = _known(run, validated or {})
+        _evaluate(study, run, scratch, place, identity, weights, say, base, answers.get(run.id), known)
+
+
+def _known(run: Run, validated: Validated) -> list[float] | None:
+    """Return the validation rows' losses that a run's training has computed, if its batches are those of scoring."""
+    from finegrid.evaluation.evaluate import rows_at_a_time
+
+    alike = rows_at_a_time(run.settings) == run.settings.training_arg("per_device_eval_batch_size")
+    return validated.get(run.id) if alike else None
 
 
 def _answers(
@@ -271,6 +290,7 @@ def _evaluate(
     say: Progress,
     base: ResidentBase,
     answers: Answers | None,
+    validated: list[float] | None,
 ) -> None:
     from finegrid.provenance import commit
 
@@ -300,6 +320,7 @@ def _evaluate(
                 progress=progress,
                 load=base.load,
                 answers=answers,
+                validated=validated,
             )
         place.finish(identity, made_at=made_at, device=device_name(run))
 

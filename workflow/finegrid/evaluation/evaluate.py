@@ -30,7 +30,7 @@ from datasets import Dataset
 from finegrid.data.template import load_template
 from finegrid.errors import UserError
 from finegrid.evaluation.generation import generate_answers, generation_config
-from finegrid.evaluation.likelihood import label_nll, label_tokens
+from finegrid.evaluation.likelihood import label_tokens, scoring
 from finegrid.evaluation.metrics import METRICS_VERSION, SplitScores, score_split
 from finegrid.files import write_json, write_text
 from finegrid.training.history import peak_memory_mb
@@ -59,6 +59,7 @@ def evaluate(
     progress: Callable[[str], None] = lambda line: None,
     load: Callable[..., Any] = load_trained,
     answers: Answers | None = None,
+    validated: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on test and validation; write and return its metrics, write its predictions.
 
@@ -78,6 +79,8 @@ def evaluate(
             several runs of a process share their base.
         answers: those of the split to evaluate, where they were generated together with other runs' ones; None
             generates them here.
+        validated: negative log-likelihoods of the validation rows, where training has computed them with these weights
+            and in batches of :func:`rows_at_a_time`; None computes them here.
 
     Raises:
         UserError: the split to evaluate is empty, tokens and clean rows do not belong together, a loss is not
@@ -94,9 +97,11 @@ def evaluate(
     with clock.measure("load"):
         device = device_of(settings)
         trained = load(settings, model, adapter, device)
-    with clock.measure("likelihood"):
+    with clock.measure("likelihood"), scoring(trained) as nll:
         for split in SPLITS:
-            _add_likelihood(trained, rows[split], settings.evaluation.batch_size, paced(progress, split, rows[split]))
+            say = paced(progress, split, rows[split])
+            known = validated if split == "validation" else None
+            _add_likelihood(nll, rows[split], rows_at_a_time(settings), known, say)
     _check_finite(run, rows)
     scored, new_tokens = {}, 0
     if settings.evaluation.generate:
@@ -203,9 +208,23 @@ def _folded(fact: Any) -> Any:
 # ---------------------------------------------------------------- the steps; each adds its columns to the rows
 
 
-def _add_likelihood(model, rows: list[Row], batch_size: int, progress: Callable[[int, str], None]) -> None:
-    nll = label_nll(model, rows, batch_size, lambda done: progress(done, "losses computed"))
-    for row, value in zip(rows, nll, strict=True):
+def rows_at_a_time(settings: RunSettings) -> int:
+    """Return how many rows' losses are computed in a batch: training's own, unless scoring is to take fewer."""
+    return min(settings.evaluation.batch_size, settings.training_arg("per_device_eval_batch_size"))
+
+
+def _add_likelihood(
+    nll: Callable[..., list[float]],
+    rows: list[Row],
+    batch_size: int,
+    known: Sequence[float] | None,
+    progress: Callable[[int, str], None],
+) -> None:
+    if known is None:
+        known = nll(rows, batch_size, lambda done: progress(done, "losses computed"))
+    else:
+        progress(len(rows), "losses known from training")
+    for row, value in zip(rows, known, strict=True):
         row |= {"nll": value, "label_tokens": label_tokens(row)}
 
 

@@ -5,12 +5,15 @@ them backward. Here the update is added to the base's product in place, and prod
 rank first (A x' rather than x A'): a CPU's matrix products of a few columns take two to four times as long as those of
 a few rows. The arithmetic is peft's up to rounding; adapters, their files and their configs are peft's own.
 
-Used by training; scoring runs peft's own. A layer of which more is asked than this (DoRA and other variants, several
-adapters at a time, autocast, weights kept elsewhere) does it as peft does.
+Used by training and where losses of rows are scored; what generates answers is peft's own. A layer of which more is
+asked than this (DoRA and other variants, several adapters at a time, autocast, weights kept elsewhere) does it as peft
+does.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +38,12 @@ class LowRankLinear(WrittenOut, PeftLinear):
     """peft's LoRA layer around ``nn.Linear``."""
 
 
-def write_out(model: nn.Module) -> nn.Module:
-    """Let a model's LoRA layers work as the module says, in place, and return the model.
+def write_out(model: nn.Module) -> list[nn.Module]:
+    """Let a model's LoRA layers work as the module says, in place, and return those that did not yet.
 
     Parameters, state dict and saved files stay peft's own. A model without such layers is left alone.
     """
+    changed = []
     for module in model.modules():
         # A new class, not a new `forward` on the instance: copies, peft's isinstance checks and hooks keep working.
         if type(module) is PeftLinear:
@@ -48,7 +52,21 @@ def write_out(model: nn.Module) -> nn.Module:
             from finegrid.training.quantisation import LowRankLinear4bit  # bitsandbytes takes a second to import
 
             module.__class__ = LowRankLinear4bit
-    return model
+        else:
+            continue
+        changed.append(module)
+    return changed
+
+
+@contextlib.contextmanager
+def written_out(model: nn.Module) -> Iterator[None]:
+    """Let a model's LoRA layers work as the module says while the block runs."""
+    changed = write_out(model)
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.__class__ = type(module).__bases__[1]
 
 
 class _LowRank(torch.autograd.Function):

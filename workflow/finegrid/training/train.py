@@ -78,6 +78,7 @@ def train(
     load: Callable[..., PreTrainedModel] = load_base,
     company: tuple[Lane, JointPass] | None = None,
     base_losses: BaseLosses | None = None,
+    validated: Callable[[list[float]], None] = lambda losses: None,
 ) -> dict[str, Any]:
     """Train one run, see the module, and return its summary.
 
@@ -95,6 +96,7 @@ def train(
         load: gives the base model, as ``load_base`` does; in a pack the runs share its weights.
         company: the run's lane and who makes its steps together with other runs' ones, where it can be.
         base_losses: what runs on this base and these rows know of its validation loss, and are to add to.
+        validated: gets the losses of the validation rows with the saved weights, where they are what scoring gives.
 
     Raises:
         UserError: settings that the libraries refuse, no rows to train on, a loss or gradient that is no number.
@@ -157,6 +159,8 @@ def train(
             base.config.use_cache = use_cache
             result = _summary(settings, trainer, final_loss, checkpoint, notes + trainer.notes)
             _write_weights(settings, trainer, model, output)
+            if trainer.row_losses is not None:
+                validated(trainer.row_losses)
             if trainer.is_world_process_zero():
                 write_history(history, history_rows(trainer.state.log_history))
                 write_json(summary, result)

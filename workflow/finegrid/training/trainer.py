@@ -34,6 +34,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from finegrid.evaluation.likelihood import batches, sums_of_rows
 from finegrid.files import whole
 from finegrid.training.adapters import adapted_layers, why_not_plain
 from finegrid.training.collation import Collator, first_rows
@@ -102,6 +103,8 @@ class LabelTokenTrainer(Trainer):
         lane: who makes forward and backward passes together with other runs' ones; None makes them here.
         base_losses: validation losses of this base on these rows, by the size and the form of batches; runs that
             share both find here what an earlier one has computed, to the bit what they would.
+        row_losses: of the last validation: each row's sum of losses, as scoring the same weights gives it; None where
+            it would be computed otherwise.
 
     Raises:
         UserError: from ``train`` and ``evaluate``, when a loss or a gradient is no finite number.
@@ -135,6 +138,8 @@ class LabelTokenTrainer(Trainer):
         self.stop = Stop()
         self.lane: Lane | None = None
         self.base_losses: BaseLosses = {}
+        self.row_losses: list[float] | None = None
+        self._batches_of: tuple[Dataset, list[list[int]]] | None = None
         self._stops = False  # as the processes agreed in the step
         self._step_closed = 0
         self._saved_step: int | None = None
@@ -307,7 +312,7 @@ class LabelTokenTrainer(Trainer):
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        batches = _by_length(rows, self.args.eval_batch_size)
+        batches, found = self._validation_batches(rows), [0.0] * len(rows)
         with self._untrained(), self.accelerator.autocast():
             # Every process makes as many forward passes as any other: sharded models wait for each other.
             for number in range(
@@ -315,14 +320,29 @@ class LabelTokenTrainer(Trainer):
             ):
                 if self.is_asked_to_stop():
                     raise EvaluationLeft
-                batch = self._prepare_inputs(self.data_collator(_rows(rows, batches[min(number, len(batches) - 1)])))
-                states = label_states(model, self.head, batch)
+                indices = batches[min(number, len(batches) - 1)]
+                batch = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+                sums = sums_of_rows(label_states(model, self.head, batch), batch)
                 if number < len(batches):
-                    total[0] += states.loss().double()
-                    total[1] += batch["targets"].numel()
+                    total += torch.tensor([sum(sums), batch["targets"].numel()], dtype=torch.float64).to(total.device)
+                    for index, nll in zip(indices, sums, strict=True):
+                        found[index] = nll
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
+        self.row_losses = found if self._scores_alike() else None
         return (total[0] / total[1]).item()
+
+    def _validation_batches(self, rows: Dataset) -> list[list[int]]:
+        if self._batches_of is None or self._batches_of[0] is not rows:
+            columns = rows.select_columns(["input_ids", "labels"])
+            self._batches_of = rows, list(batches(columns, self.args.eval_batch_size))
+        return self._batches_of[1]
+
+    def _scores_alike(self) -> bool:
+        """Return whether the losses of rows are those that scoring gives, see :mod:`finegrid.evaluation.likelihood`."""
+        alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        exact = self.accelerator.mixed_precision == "no" and not self.args.activation_checkpointing
+        return alone and exact and self.data_collator.flat
 
     def _is_base(self) -> bool:
         """Return whether an adapter leaves the base's numbers as they are, to the bit: no B has moved from zero."""
@@ -516,16 +536,6 @@ def is_complete(checkpoint: Path, processes: int = 1) -> bool:
 def _has_optimiser(checkpoint: Path) -> bool:
     # A file alone, or DeepSpeed's folder of shards.
     return any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint))
-
-
-def _by_length(rows: Dataset, size: int) -> list[list[int]]:
-    lengths = [len(row) for row in rows["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _rows(rows: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
-    return [rows[number] for number in numbers]
 
 
 def _round_up(count: int, multiple: int) -> int:
