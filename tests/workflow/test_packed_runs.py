@@ -203,7 +203,7 @@ def test_runs_that_train_together_are_staged_as_runs_one_after_the_other(copy, m
     identities = {run.id: training_identity(run) for run in runs}
     said: list[str] = []
     with Stop() as stop:
-        packing._train_together(study, runs, scratch, places, identities, 2, stop, said.append)
+        packing._train_together(study, runs, scratch, places, identities, 2, stop, said.append, {})
     calm, wild = (run.id for run in runs)
     assert places[calm].is_whole(identities[calm])
     assert "failed" in places[wild].done(identities[wild])
