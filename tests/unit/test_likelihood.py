@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
-from finegrid.evaluation import likelihood
-from finegrid.evaluation.likelihood import label_nll, label_tokens
+from finegrid.evaluation.likelihood import label_nll
+from finegrid.training import validation
+from finegrid.training.validation import label_tokens
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -119,9 +120,9 @@ def test_other_architectures_keep_their_own_loss(model):
 
 
 def test_batches_are_bounded_by_rows_and_label_tokens_and_start_with_the_longest(monkeypatch):
-    monkeypatch.setattr(likelihood, "LABEL_TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(validation, "LABEL_TOKENS_PER_BATCH", 40)
     rows = token_rows(20, 99)
-    batches = list(likelihood.batches(rows, 4))
+    batches = list(validation.batches(rows, 4))
     assert sorted(index for batch in batches for index in batch) == list(range(20))
     lengths = [len(rows[index]["input_ids"]) for batch in batches for index in batch]
     assert lengths == sorted(lengths, reverse=True)

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from finegrid.errors import UserError
-from finegrid.evaluation.likelihood import label_nll, label_tokens
+from finegrid.evaluation.likelihood import label_nll
 from finegrid.settings import RunSettings, TrainingSettings
 from finegrid.training import progress as progress_module
 from finegrid.training import train as train_module
 from finegrid.training import trainer as trainer_module
 from finegrid.training.model import load_base, load_trained
 from finegrid.training.train import train
+from finegrid.training.validation import label_tokens
 from token_rows import plain_loss, random_rows, write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -442,6 +443,7 @@ from pathlib import Path
 from finegrid.settings import RunSettings, TrainingSettings
 from finegrid.training import progress
 from finegrid.training.train import train
+from finegrid.training.validation import label_tokens
 
 settings, tokens, model, folder, step, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

@@ -156,7 +156,7 @@ def evaluation_memory(
     growing = position * length * (1 + repeats)
     last = rows * shape.vocabulary * (numerics.stream + 2 * FLOAT)  # logits, in 32 bits, and processed
     generating = cache + max(most(layer, prompt, 0), growing + last)
-    # The references' likelihood: finegrid.evaluation.likelihood bounds a batch to so many label tokens.
+    # The references' likelihood: finegrid.training.validation bounds a batch to so many label tokens.
     labels = max(min(rows * new_tokens, 1024), new_tokens)
     scoring = max(most(layer, length, 0), most(head, length, labels))
     chunk = rows_of_logits(shape.vocabulary, labels)

@@ -30,11 +30,12 @@ from datasets import Dataset
 from finegrid.data.template import load_template
 from finegrid.errors import UserError
 from finegrid.evaluation.generation import generate_answers, generation_config
-from finegrid.evaluation.likelihood import label_tokens, scoring
+from finegrid.evaluation.likelihood import scoring
 from finegrid.evaluation.metrics import METRICS_VERSION, SplitScores, score_split
 from finegrid.files import write_json, write_text
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.model import load_trained
+from finegrid.training.validation import label_tokens
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -34,7 +34,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finegrid.evaluation.likelihood import batches, sums_of_rows
 from finegrid.files import whole
 from finegrid.training.adapters import adapted_layers, why_not_plain
 from finegrid.training.collation import Collator, first_rows
@@ -44,6 +43,7 @@ from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import Head, find_head, label_logits, label_states
 from finegrid.training.low_rank import write_out
 from finegrid.training.stopping import SIGNALS, Stop, Stopped, held_back, ignore_signals
+from finegrid.training.validation import batches, sums_of_rows
 
 if TYPE_CHECKING:
     from finegrid.training.lockstep import Lane
@@ -339,7 +339,7 @@ class LabelTokenTrainer(Trainer):
         return self._batches_of[1]
 
     def _scores_alike(self) -> bool:
-        """Return whether the losses of rows are those that scoring gives, see :mod:`finegrid.evaluation.likelihood`."""
+        """Return whether the losses of rows are those that scoring gives, see :mod:`finegrid.training.validation`."""
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         exact = self.accelerator.mixed_precision == "no" and not self.args.activation_checkpointing
         return alone and exact and self.data_collator.flat
