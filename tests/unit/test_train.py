@@ -440,10 +440,9 @@ KILLED = """
 import json, os, signal, sys
 import torch
 from pathlib import Path
-from finegrid.settings import RunSettings, TrainingSettings
+from finegrid.settings import RunSettings
 from finegrid.training import progress
 from finegrid.training.train import train
-from finegrid.training.validation import label_tokens
 
 settings, tokens, model, folder, step, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

@@ -312,18 +312,18 @@ class LabelTokenTrainer(Trainer):
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        batches, found = self._validation_batches(rows), [0.0] * len(rows)
+        groups, found = self._validation_batches(rows), [0.0] * len(rows)
         with self._untrained(), self.accelerator.autocast():
             # Every process makes as many forward passes as any other: sharded models wait for each other.
             for number in range(
-                self.args.process_index, _round_up(len(batches), self.args.world_size), self.args.world_size
+                self.args.process_index, _round_up(len(groups), self.args.world_size), self.args.world_size
             ):
                 if self.is_asked_to_stop():
                     raise EvaluationLeft
-                indices = batches[min(number, len(batches) - 1)]
+                indices = groups[min(number, len(groups) - 1)]
                 batch = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
                 sums = sums_of_rows(label_states(model, self.head, batch), batch)
-                if number < len(batches):
+                if number < len(groups):
                     total += torch.tensor([sum(sums), batch["targets"].numel()], dtype=torch.float64).to(total.device)
                     for index, nll in zip(indices, sums, strict=True):
                         found[index] = nll
