@@ -8,12 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from finegrid.training.collation import Collator, first_rows
-from finegrid.training.flat import NAME, make_flat
+from finegrid.training.flat import NAME, _rows, draws, make_flat
+from finegrid.training.joint import merged
 from finegrid.training.loss import find_head, label_logits, label_states
 from finegrid.training.trainer import LabelTokenTrainer
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_trainer import SMALL, arguments, make
-from token_rows import random_rows
+from token_rows import random_rows, with_system_message
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 ROWS = [
@@ -35,6 +36,10 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def flat_note(model: torch.nn.Module) -> str | None:
+    return made_flat(model)[1]
+
+
+def made_flat(model: torch.nn.Module) -> tuple[bool, str | None]:
     head, _ = find_head(model)
     with torch.no_grad():
         return make_flat(model, lambda batch: label_logits(model, head, batch)[0])
@@ -76,7 +81,84 @@ def test_rows_without_loss_stay_in_the_batch_and_are_not_counted(count):
         assert batch["targets"].tolist() == (part["targets"].tolist() if part else [])
         assert batch["tokens"] == (part["tokens"] if part else 0)
         assert batch["ids"] == [row["id"] for row in ROWS[:count]]
-        assert (batch["labels"] != -100).sum() == sum(label != -100 for row in ROWS[:count] for label in row["labels"])
+        if not flat:
+            assert (batch["labels"] != -100).sum() == sum(
+                each != -100 for row in ROWS[:count] for each in row["labels"]
+            )
+
+
+def test_what_all_rows_begin_with_is_there_once():
+    beginning = [3, 3, 4, 4, 5, 5, 6, 6, 7]
+    rows = [
+        {"id": "a", "input_ids": [*beginning, 8, 9, 1], "labels": [-100] * 10 + [9, 1]},
+        {"id": "b", "input_ids": [*beginning, 9, 2], "labels": [-100] * 10 + [2]},
+        {"id": "c", "input_ids": [*beginning, 9], "labels": [-100] * 9 + [9]},  # predicted from the beginning's end
+    ]
+    batch = Collator(flat=True, shares=True)(rows)
+    assert batch["shared"] == ((0, 3, 8),)
+    assert batch["input_ids"].tolist() == [[*beginning, 8, 9, 1, 7, 9, 2, 7, 9]]
+    assert batch["position_ids"].tolist() == [[*range(12), 8, 9, 10, 8, 9]]
+    assert batch["cells"].tolist() == [*range(12), 20, 21, 22, 32, 33]
+    assert batch["grid"] == (3, 12)
+    assert batch["starts"].tolist() == [0, 12, 15, 17]
+    assert batch["targets"].tolist() == [9, 1, 2, 9]
+    assert batch["positions"].tolist() == [9, 10, 13, 15]
+    assert batch["tokens"] == 12 + 11 + 10
+    assert _rows(batch["input_ids"][None, :, :, None], [12, 3, 2], batch["shared"])[1].flatten().tolist() == [
+        *beginning,
+        9,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (random_rows(3), "they begin differently"),
+        (with_system_message(random_rows(3), 7), "seven tokens are not worth it"),
+        (with_system_message(random_rows(1)), "there is one row"),
+        ([row | {"labels": [-100, 101, *row["labels"][2:]]} for row in with_system_message(random_rows(3))], "taught"),
+    ],
+)
+def test_rows_share_nothing_where_that_is_wrong_or_dear(rows, why):
+    shared, alone = Collator(flat=True, shares=True)(rows), Collator(flat=True)(rows)
+    assert shared["shared"] == (), why
+    for key, value in alone.items():
+        assert torch.equal(shared[key], value) if torch.is_tensor(value) else shared[key] == value
+
+
+def test_a_row_ends_where_its_last_label_is_predicted():
+    rows = [
+        {"id": "a", "input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]},
+        {"id": "b", "input_ids": [9, 3, 4], "labels": [-100, -100, -100]},
+        {"id": "c", "input_ids": [1, 2], "labels": [-100, 2]},
+    ]
+    batch = Collator(flat=True, cuts=True)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 1]]
+    assert batch["positions"].tolist() == [1, 2, 4]
+    assert batch["targets"].tolist() == [7, 8, 2]
+    assert batch["starts"].tolist() == [0, 3, 4, 5]
+    assert batch["cells"].tolist() == [0, 1, 2, 3, 6]
+    assert batch["grid"] == (3, 3)
+    assert (batch["tokens"], batch["lengths"]) == (10, [5, 3, 2])
+
+
+def test_a_first_row_without_labels_keeps_what_is_shared():
+    first, *others = with_system_message(random_rows(3))
+    rows = [first | {"labels": [-100] * len(first["labels"])}, *others]
+    batch = Collator(flat=True, shares=True, cuts=True)(rows)
+    assert batch["shared"] == ((0, 3, 12),)
+    assert batch["starts"].tolist()[1] == 13
+    assert batch["targets"].tolist() == [label for row in others for label in row["labels"] if label != -100]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_rows_without_loss_count_no_shared_tokens(count):
+    rows = with_system_message(random_rows(4))
+    batch = first_rows(Collator(flat=True, shares=True, cuts=True)(rows), count)
+    part = Collator(flat=True)(rows[:count]) if count else {"targets": torch.tensor([]), "tokens": 0}
+    assert batch["targets"].tolist() == part["targets"].tolist()
+    assert batch["tokens"] == part["tokens"]
 
 
 # ---------------------------------------------------------------- losses and gradients
@@ -90,18 +172,20 @@ def attention(request, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("lengths", ["mixed", "equal"])
+@pytest.mark.parametrize("lengths", ["mixed", "equal", "with a system message"])
 def test_loss_and_gradients_are_those_of_padded_rows(name, lengths, attention):
     dtype = torch.float32 if name == "mixtral" else torch.float64  # torch's grouped products know no doubles
     padded, flat = model_of(name).to(dtype), model_of(name).to(dtype)
     tolerance = 1e-6 if dtype == torch.float64 else 1e-5
-    assert flat_note(flat) is None
+    assert made_flat(flat) == (True, None)
     assert flat.config._attn_implementation == NAME
     rows = random_rows(6)
+    if lengths == "with a system message":
+        rows = with_system_message(rows)
     if lengths == "equal":
         rows = [row | {key: row[key][:6] for key in ("input_ids", "labels")} for row in random_rows(30)][:6]
         rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows if len(row["input_ids"]) == 6]
-    losses = [loss_of(padded, Collator()(rows)), loss_of(flat, Collator(flat=True)(rows))]
+    losses = [loss_of(padded, Collator()(rows)), loss_of(flat, Collator(flat=True, shares=True, cuts=True)(rows))]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)  # the losses are of float32 logits
     for loss in losses:
         loss.backward()
@@ -110,6 +194,16 @@ def test_loss_and_gradients_are_those_of_padded_rows(name, lengths, attention):
         if one.grad is not None:
             scale = one.grad.abs().max()
             torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=tolerance * scale.item() + 1e-12, msg=key)
+
+
+def test_several_runs_rows_share_what_is_their_own(attention):
+    model = model_of("qwen3")
+    shares, _ = made_flat(model)
+    collate = Collator(flat=True, shares=shares, cuts=True)
+    rows = random_rows(9)
+    parts = [collate(part) for part in (with_system_message(rows[:3], 9), rows[3:5], with_system_message(rows[5:], 14))]
+    found = label_logits(model, None, merged(parts))[0]
+    torch.testing.assert_close(found, torch.cat([label_logits(model, None, part)[0] for part in parts]))
 
 
 def test_a_windows_rows_see_the_window_alone(attention):
@@ -122,11 +216,11 @@ def test_a_windows_rows_see_the_window_alone(attention):
     assert torch.equal(one, other)
 
 
-def curve(folder, padding_free: bool, **values) -> tuple[list[tuple], list[str]]:
+def curve(folder, padding_free: bool, given=lambda rows: rows, **values) -> tuple[list[tuple], list[str]]:
     torch.manual_seed(0)
     model = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     args = arguments(folder, per_device_train_batch_size=4, max_steps=12, learning_rate=1e-2, **values)
-    rows, validation = Dataset.from_list(random_rows(22)), Dataset.from_list(random_rows(7, seed=1))
+    rows, validation = Dataset.from_list(given(random_rows(22))), Dataset.from_list(given(random_rows(7, seed=1)))
     trainer = LabelTokenTrainer(model, args, rows, validation, padding_free=padding_free)
     trainer.train()
     log = [
@@ -137,14 +231,51 @@ def curve(folder, padding_free: bool, **values) -> tuple[list[tuple], list[str]]
     return log, trainer.notes
 
 
+@pytest.mark.parametrize("given", [list, with_system_message])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_without_padding_has_the_padded_ones_losses(tmp_path, checkpointing):
-    values = {"eval_strategy": "steps", "eval_steps": 4, "activation_checkpointing": checkpointing}
+def test_a_training_without_padding_has_the_padded_ones_losses(tmp_path, checkpointing, given):
+    values = {"eval_strategy": "steps", "eval_steps": 4, "activation_checkpointing": checkpointing, "given": given}
     flat, notes = curve(tmp_path / "flat", True, **values)
     padded, _ = curve(tmp_path / "padded", False, **values)
     assert notes == []
     assert len(flat) == 15
     torch.testing.assert_close(torch.tensor(flat), torch.tensor(padded), rtol=1e-5, atol=0)
+
+
+DRAWING = {
+    "nothing": ({}, {}, False),
+    "LoRA's dropout": ({"lora_dropout": 0.1}, {}, True),
+    "the base's own": ({}, {"attention_dropout": 0.1}, True),
+    "noise on embeddings": ({}, {"neftune_noise_alpha": 5.0}, True),
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWING)
+def test_tokens_are_shared_in_training_unless_something_is_drawn_for_them(tmp_path, drawing):
+    adapter, values, draws_something = DRAWING[drawing]
+    base = make()
+    if "attention_dropout" in values:
+        base.config.attention_dropout = values.pop("attention_dropout")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **adapter))
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=1, **values)
+    rows = Dataset.from_list(with_system_message(random_rows(4)))
+    trainer = LabelTokenTrainer(model, args, rows, rows)
+    sizes = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[1]))
+    trainer.train()
+    trainer.evaluate()
+    whole = sum(map(len, rows["input_ids"])) - 4  # what predicts no label, the last token of each
+    assert sizes == [whole if draws_something else whole - 3 * 12, whole - 3 * 12]
+
+
+def test_dropout_is_seen_wherever_it_is_told():
+    assert not draws(make())
+    assert draws(make("gpt2").train()) == (make("gpt2").config.attn_pdrop > 0)
+    model = make()
+    model.config.attention_dropout = 0.1
+    assert draws(model)
+    assert not draws(get_peft_model(make(), LoraConfig(r=4, task_type="CAUSAL_LM")))
+    assert draws(get_peft_model(make(), LoHaConfig(r=4, target_modules=["q_proj"], rank_dropout=0.1)))
 
 
 # ---------------------------------------------------------------- where it can't be

@@ -18,7 +18,7 @@ from finegrid.training.model import load_base
 from finegrid.training.resident import ResidentBase
 from finegrid.training.stopping import Stop, Stopped
 from finegrid.training.train import train
-from token_rows import random_rows, write_tokens
+from token_rows import random_rows, with_system_message, write_tokens
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 EAGER = {"patience": 1, "threshold": 100.0}
@@ -243,7 +243,18 @@ def test_merged_rows_stand_where_one_batch_of_them_would_put_them():
     found = merged([Collator(flat=True)(rows[:2]), Collator(flat=True)(rows[2:])])
     for name in ("input_ids", "position_ids", "positions", "targets", "cells", "starts"):
         assert torch.equal(found[name], whole[name]), name
-    assert found["grid"] == whole["grid"]
+    assert (found["grid"], found["shared"]) == (whole["grid"], ())
+
+
+def test_merged_rows_share_what_their_own_batch_shares():
+    from finegrid.training.collation import Collator
+
+    collate = Collator(flat=True, shares=True)
+    alike = collate(with_system_message(random_rows(3)))
+    alone = collate(random_rows(2))
+    found = merged([alike, alone, alike])
+    assert found["shared"] == ((0, 3, 12), (5, 3, 12))
+    assert found["input_ids"].shape[1] == 2 * alike["input_ids"].shape[1] + alone["input_ids"].shape[1]
 
 
 def test_a_lane_keeps_random_numbers_and_output_to_itself(tmp_path):

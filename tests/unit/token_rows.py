@@ -32,6 +32,12 @@ def random_rows(count: int, seed: int = 0, split: str = "train") -> list[dict[st
     return rows
 
 
+def with_system_message(rows: list[dict[str, Any]], tokens: int = 12) -> list[dict[str, Any]]:
+    """Return the rows with so many tokens more in front, the same ones, without labels."""
+    message = list(range(100, 100 + tokens))
+    return [row | {"input_ids": message + row["input_ids"], "labels": [-100] * tokens + row["labels"]} for row in rows]
+
+
 def write_tokens(folder: Path, **splits: list[dict[str, Any]]) -> Path:
     """Write ``<split>.arrow`` for each split and return the folder."""
     from datasets import Features, Sequence, Value

@@ -159,8 +159,9 @@ class TrainingSettings(Section):
 
     padding_free: bool = Field(
         True,
-        description="Lay a batch's rows end to end rather than padding them to the longest: the same losses, faster. "
-        "Models whose attention does not allow it are padded, and the run's summary says so.",
+        description="Lay a batch's rows end to end rather than padding them to the longest, and compute once what all "
+        "begin with (a system message; with dropout in validation alone): the same losses, faster. Models whose "
+        "attention does not allow it are padded, and the run's summary says so.",
     )
 
 

@@ -52,7 +52,8 @@ def scoring(model: PreTrainedModel | PeftModel) -> Iterator[Callable[..., list[f
     """Give :func:`label_nll` of a model for any number of calls; find out but once what its architecture allows."""
     head, _ = find_head(model)
     own = model.config._attn_implementation
-    collate = Collator(flat=make_flat(model, lambda batch: label_logits(model, head, batch)[0]) is None)
+    shares, note = make_flat(model, lambda batch: label_logits(model, head, batch)[0])
+    collate = Collator(flat=note is None, shares=shares, cuts=True)
     with written_out(model):
         try:
             yield functools.partial(_nll, model, head, collate)

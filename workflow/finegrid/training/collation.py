@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 IGNORED = -100
+WORTH_SHARING = 8  # tokens; putting rows together for attention costs about as much as two tokens a row
 
 
 @dataclass
@@ -25,23 +26,31 @@ class Collator:
     - ``positions``: int64 (N,), index into the flattened (B * T) positions: the one **before** each label, whose
       output predicts it. Counted here, on the CPU, so that no step waits for the GPU to count;
     - ``targets``: int64 (N,), the labels themselves;
-    - ``ids``: the rows' ids; ``tokens``: how many tokens are no padding.
+    - ``ids``: the rows' ids; ``lengths``: their tokens; ``tokens``: the sum of these.
 
-    A flat one has ``input_ids``, ``position_ids`` and ``labels`` of shape (1, S), the rows one after the other;
-    ``positions`` are indices into S. Besides, for :mod:`finegrid.training.flat`, ``cells``: int64 (S,), where each
-    token would stand in a padded batch's flattened (B * T); ``starts``: int32 (B + 1,), where each row begins, and S;
-    and ``grid``: (B, T).
+    A flat one has ``input_ids`` and ``position_ids`` of shape (1, S), the rows one after the other, and ``positions``
+    are indices into S. Besides, for :mod:`finegrid.training.flat`, ``cells``: int64 (S,), where each token would stand
+    in a padded batch's flattened (B * T); ``starts``: int32 (B + 1,), where each row begins, and S; ``grid``: (B, T);
+    and ``shared``: triples (row, rows, tokens): so many rows, from that one on, begin with the same tokens, which the
+    first alone has in the batch, and the others' part of S begins behind them.
 
     Attributes:
         flat: whether to lay the rows end to end.
+        shares: whether tokens with which all rows begin, such as a chat template's system message, are in a flat batch
+            once. What they make of themselves hangs on nothing behind them, so it is the same in all rows, as long as
+            nothing is drawn for them (dropout).
+        cuts: whether a row in a flat batch ends where its last label is predicted: no loss hangs on what is behind.
     """
 
     pad_token_id: int = 0
     flat: bool = False
+    shares: bool = False
+    cuts: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self._flat(rows) if self.flat else self._padded(rows)
-        return batch | {"ids": [str(row["id"]) for row in rows], "tokens": sum(len(row["input_ids"]) for row in rows)}
+        lengths = [len(row["input_ids"]) for row in rows]
+        return batch | {"ids": [str(row["id"]) for row in rows], "lengths": lengths, "tokens": sum(lengths)}
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         input_ids = self._pad([row["input_ids"] for row in rows], self.pad_token_id)
@@ -57,24 +66,30 @@ class Collator:
             "targets": labels[row, column + 1],
         }
 
-    @staticmethod
-    def _flat(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        input_ids = torch.tensor([token for row in rows for token in row["input_ids"]])
-        labels = torch.tensor([label for row in rows for label in row["labels"]])
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    def _flat(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        shared = _shared(rows) if self.shares else 0
+        begins = [0] + [shared] * (len(rows) - 1)  # what of each row is in the batch
+        ends = [max(_last_label(row), shared + 1) if self.cuts else None for row in rows]
+        parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        own = [row["input_ids"][part] for row, part in zip(rows, parts, strict=True)]
+        input_ids = torch.tensor([token for row in own for token in row])
+        following = torch.tensor(
+            [each for row, part in zip(rows, parts, strict=True) for each in _following(row)[part]]
+        )
+        lengths = torch.tensor([len(row) for row in own])
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        longest = int(lengths.max())
-        column = torch.arange(len(input_ids)) - starts[:-1].repeat_interleave(lengths)
-        predicted = torch.nonzero((labels != IGNORED) & (column > 0)).flatten()
+        longest = max(part.start + len(row) for part, row in zip(parts, own, strict=True))
+        column = torch.arange(len(input_ids)) - (starts[:-1] - torch.tensor(begins)).repeat_interleave(lengths)
+        positions = torch.nonzero(following != IGNORED).flatten()
         return {
             "input_ids": input_ids[None],
             "position_ids": column[None],
-            "labels": labels[None],
-            "positions": predicted - 1,
-            "targets": labels[predicted],
+            "positions": positions,
+            "targets": following[positions],
             "cells": column + (torch.arange(len(rows)) * longest).repeat_interleave(lengths),
             "starts": starts.int(),
             "grid": (len(rows), longest),
+            "shared": ((0, len(rows), shared),) if shared else (),
         }
 
     @staticmethod
@@ -85,20 +100,42 @@ class Collator:
         return padded
 
 
+def _shared(rows: Sequence[dict[str, Any]]) -> int:
+    """Return how many tokens, in front of what predicts a label, all rows begin with; 0 if that is not worth it."""
+    first, last = min(row["input_ids"] for row in rows), max(row["input_ids"] for row in rows)
+    alike = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    # A row has a token of its own, and a position that predicts a label is its row's own.
+    most = min(min(len(row["input_ids"]), _first_label(row)) - 1 for row in rows)
+    count = min(alike, most)
+    return count if len(rows) > 1 and count >= WORTH_SHARING else 0
+
+
+def _first_label(row: dict[str, Any]) -> int:
+    return next((n for n, label in enumerate(_following(row), 1) if label != IGNORED), len(row["labels"]))
+
+
+def _last_label(row: dict[str, Any]) -> int:
+    labels = row["labels"]
+    return next((n for n in range(len(labels) - 1, 0, -1) if labels[n] != IGNORED), 0)
+
+
+def _following(row: dict[str, Any]) -> list[int]:
+    """Return for each token the label that it predicts."""
+    return [*row["labels"][1:], IGNORED]
+
+
 def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
     """Return a batch in which only the first ``count`` rows carry loss and are counted; its shape stays."""
-    labels = batch["labels"].clone()
     if "starts" in batch:
-        tokens = end = int(batch["starts"][count])
-        labels[:, end:] = IGNORED
+        end = int(batch["starts"][count])
     else:
-        tokens, end = int(batch["attention_mask"][:count].sum()), count * batch["input_ids"].shape[1]
-        labels[count:] = IGNORED
+        end = count * batch["input_ids"].shape[1]
+        batch = batch | {"labels": batch["labels"].clone()}
+        batch["labels"][count:] = IGNORED
     kept = batch["positions"] < end
     return batch | {
-        "labels": labels,
         "positions": batch["positions"][kept],
         "targets": batch["targets"][kept],
         "ids": batch["ids"][:count],
-        "tokens": tokens,
+        "tokens": sum(batch["lengths"][:count]),
     }

@@ -8,6 +8,10 @@ heads, S, width) are set into the (B, T) grid of the padded batch, attention is 
 row's end is behind all of its tokens, none sees it), and the tokens are taken out again. Rows of one length are only
 viewed otherwise, nothing is copied. FlashAttention has kernels for rows end to end, it gets its own arguments.
 
+Tokens with which all rows of a batch begin, as those of a chat template's system message, are computed once: they lie
+in the first row alone, whose queries, keys and values are set before the other rows' own for attention. Tokens from
+which no label is predicted, behind a row's last one, are left out.
+
 Batches are those of :class:`finegrid.training.collation.Collator` with ``flat``.
 """
 
@@ -36,6 +40,7 @@ def layout_of(batch: dict[str, Any]) -> dict[str, Any]:
         "use_cache": False,
         "cells": batch["cells"],
         "grid": batch["grid"],
+        "shared": batch["shared"],
         "cu_seq_lens_q": batch["starts"],
         "cu_seq_lens_k": batch["starts"],
         "max_length_q": longest,
@@ -51,6 +56,7 @@ def flat_attention(
     attention_mask: torch.Tensor | None,
     cells: torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    shared: tuple[tuple[int, int, int], ...] = (),
     cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -63,6 +69,7 @@ def flat_attention(
         query: (1, heads, S, width); key and value may have fewer heads.
         cells: (S,), where each token stands in the flattened grid; None is a padded batch, with torch's attention.
         grid: rows, and tokens of the longest one.
+        shared: rows that begin with the same tokens, see :class:`finegrid.training.collation.Collator`.
         cu_seq_lens_q: (rows + 1,), where each row begins, and S.
 
     Returns:
@@ -87,9 +94,9 @@ def flat_attention(
 
     if query.device.type == ROW_BY_ROW and len(cells) < grid[0] * grid[1]:
         lengths = cu_seq_lens_q.diff().tolist()
-        rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        return torch.cat([attend(*row) for row in rows], dim=1), None
-    output = attend(*(_into_grid(states, cells, grid) for states in (query, key, value))).flatten(0, 1)
+        rows = zip(*(_rows(states, lengths, shared) for states in (query, key, value)), strict=True)
+        return torch.cat([attend(*row)[:, -own:] for row, own in zip(rows, lengths, strict=True)], dim=1), None
+    output = attend(*(_into_grid(states, cells, grid, shared) for states in (query, key, value))).flatten(0, 1)
     return (output if len(output) == len(cells) else output.index_select(0, cells))[None], None
 
 
@@ -102,13 +109,28 @@ def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor
     return (distance >= 0) & (distance < size)
 
 
-def _into_grid(states: torch.Tensor, cells: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _rows(states: torch.Tensor, lengths: list[int], shared: tuple[tuple[int, int, int], ...]) -> list[torch.Tensor]:
+    """Return (1, heads, S, width) as whole rows of (1, heads, length, width)."""
+    rows = list(states.split(lengths, dim=2))
+    for first, count, tokens in shared:
+        before = rows[first][:, :, :tokens]
+        for row in range(first + 1, first + count):
+            rows[row] = torch.cat([before, rows[row]], dim=2)
+    return rows
+
+
+def _into_grid(
+    states: torch.Tensor, cells: torch.Tensor, grid: tuple[int, int], shared: tuple[tuple[int, int, int], ...]
+) -> torch.Tensor:
     """Return (1, heads, S, width) as (B, heads, T, width); zeros where a row has ended."""
     tokens = states[0].transpose(0, 1)
     size = grid[0] * grid[1]
     if len(tokens) < size:
         tokens = tokens.new_zeros(size, *tokens.shape[1:]).index_copy(0, cells, tokens)
-    return tokens.unflatten(0, grid).transpose(1, 2)
+    placed = tokens.unflatten(0, grid)
+    for first, count, length in shared:
+        placed[first + 1 : first + count, :length] = placed[first, :length]
+    return placed.transpose(1, 2)
 
 
 def flat_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
@@ -120,7 +142,7 @@ AttentionInterface.register(NAME, flat_attention)
 AttentionMaskInterface.register(NAME, flat_mask)
 
 
-def make_flat(model: torch.nn.Module, compare: Any) -> str | None:
+def make_flat(model: torch.nn.Module, compare: Any) -> tuple[bool, str | None]:
     """Let a model take flat batches, if its architecture can; else leave it as it was and say why not.
 
     Tried out rather than looked up by the architecture's name, as :func:`finegrid.training.loss.find_head` does: rows
@@ -128,48 +150,68 @@ def make_flat(model: torch.nn.Module, compare: Any) -> str | None:
 
     Args:
         compare: ``compare(batch)`` gives the float32 logits of a batch's label positions.
+
+    Returns:
+        Whether flat batches may have once what all rows begin with, and why they can't be flat at all.
     """
-    from finegrid.training.collation import Collator
+    from finegrid.training.collation import WORTH_SHARING, Collator
 
     config = model.config
     if getattr(config, "attention_chunk_size", None):
-        return "batches are padded: the model attends in chunks"
+        return False, "batches are padded: the model attends in chunks"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "batches are padded: virtual tokens stand before each row"
+        return False, "batches are padded: virtual tokens stand before each row"
     own = config._attn_implementation
-    rows = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
-    others = [[5, 6, 7], [14, 13, 12, 11, 10], [13, 14]]
+    before = [5, 6, 7, 8] * (WORTH_SHARING // 4)
+    rows = [[*before, 6, 7], [*before, 9, 10, 11], [*before, 13]]
+    others = [rows[0], [14, *rows[1][:0:-1]], rows[2]]
     device = next(model.parameters()).device
-    padded, flat, changed = (
-        _moved(Collator(flat=form)([{"id": n, "input_ids": row, "labels": row} for n, row in enumerate(part)]), device)
-        for form, part in ((False, rows), (True, rows), (True, others))
-    )
+
+    def batch(rows: list[list[int]], **form: bool) -> dict[str, Any]:
+        labels = [[-100] * len(before) + row[len(before) :] for row in rows]
+        parts = [{"id": n, "input_ids": row, "labels": labels[n]} for n, row in enumerate(rows)]
+        return _moved(Collator(**form)(parts), device)
+
     training = model.training
     model.eval()
     try:
-        expected = compare(padded)
+        expected = compare(batch(rows))
         if not own.startswith("flash_attention"):
             model.set_attn_implementation(NAME)
-        found, beside = compare(flat), compare(changed)
+        found, beside = (compare(batch(part, flat=True, cuts=True)) for part in (rows, others))
         reason = _difference(expected, found, beside)
+        shares = config._attn_implementation == NAME
+        shares = shares and not _differ(expected, compare(batch(rows, flat=True, cuts=True, shares=True)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
         model.train(training)
     if reason is None:
-        return None
+        return shares, None
     model.set_attn_implementation(own)
-    return f"batches are padded: rows can't lie end to end ({reason})"
+    return False, f"batches are padded: rows can't lie end to end ({reason})"
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor, beside: torch.Tensor) -> str | None:
-    largest = expected.abs().max()
-    if found.shape != expected.shape or (found - expected).abs().max() > 1e-2 * largest:
+    if _differ(expected, found):
         return "the logits are others"
-    same = [0, 1, 6]  # of the first and the last row
-    if (found - beside)[same].abs().max() > 1e-4 * largest:
+    same = [0, 1, 5]  # of the first and the last row
+    if (found - beside)[same].abs().max() > 1e-4 * expected.abs().max():
         return "a row sees its neighbour"
     return None
+
+
+def _differ(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    return found.shape != expected.shape or bool((found - expected).abs().max() > 1e-2 * expected.abs().max())
+
+
+def draws(model: torch.nn.Module) -> bool:
+    """Return whether anything may be drawn for each token while the model trains, by its modules or its configs."""
+    if any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()):
+        return True
+    configs = [model.config, getattr(model, "active_peft_config", None)]
+    values = [item for config in configs if config is not None for item in config.to_dict().items()]
+    return any(value for key, value in values if "drop" in key and isinstance(value, int | float))
 
 
 def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -153,12 +153,13 @@ def merged(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     device = batches[0]["input_ids"].device
     sizes = torch.tensor([0, *(batch["input_ids"].shape[1] for batch in batches)]).cumsum(0).tolist()
     longest = max(batch["grid"][1] for batch in batches)
-    cells, starts, above = [], [torch.zeros(1, dtype=torch.int32, device=device)], 0
+    cells, starts, shared, above = [], [torch.zeros(1, dtype=torch.int32, device=device)], [], 0
     for batch, before in zip(batches, sizes, strict=False):
         rows, columns = batch["grid"]
         row, column = batch["cells"].div(columns, rounding_mode="floor"), batch["cells"] % columns
         cells.append((row + above) * longest + column)
         starts.append(batch["starts"][1:] + before)
+        shared += [(first + above, count, tokens) for first, count, tokens in batch["shared"]]
         above += rows
     return {
         "input_ids": torch.cat([batch["input_ids"] for batch in batches], dim=1),
@@ -168,4 +169,5 @@ def merged(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "cells": torch.cat(cells),
         "starts": torch.cat(starts),
         "grid": (above, longest),
+        "shared": tuple(shared),
     }

@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from finegrid.files import whole
 from finegrid.training.adapters import adapted_layers, why_not_plain
 from finegrid.training.collation import Collator, first_rows
-from finegrid.training.flat import make_flat
+from finegrid.training.flat import draws, make_flat
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
 from finegrid.training.loss import Head, find_head, label_logits, label_states
@@ -146,6 +146,7 @@ class LabelTokenTrainer(Trainer):
         self.head: Head | None = None
         self._flops_of_a_token: int | None = None
         self.padding_free = padding_free
+        self._shares_validated = False
         if args.torch_compile:
             self.notes.append("all logits are computed, and batches are padded: torch_compile")
         elif not is_deepspeed_zero3_enabled():
@@ -169,13 +170,20 @@ class LabelTokenTrainer(Trainer):
             self.notes.append(note)
         if self.padding_free and self.args.n_gpu <= 1:  # more than one in a process: torch divides batches by rows
             with torch.no_grad():
-                note = make_flat(self.model, lambda batch: label_logits(model, self.head, batch)[0])
-            self.data_collator.flat = note is None
+                shares, note = make_flat(self.model, lambda batch: label_logits(model, self.head, batch)[0])
+            # A mixture of experts' balance is that of all tokens of all rows.
+            all_count = getattr(self.model.config, "output_router_logits", False)
+            self.data_collator.flat, self.data_collator.cuts = note is None, not all_count
+            self.data_collator.shares = shares and not (all_count or self._draws())
+            self._shares_validated = shares
             if note:
                 self.notes.append(note)
         # Padded batches draw for dropout what the Trainer's own draw, and checkpointing computes when hooks are gone.
         if self.head is not None and (wrapped or self.args.activation_checkpointing or not self.data_collator.flat):
             self.head = replace(self.head, mlp=None)
+
+    def _draws(self) -> bool:
+        return draws(self.model) or self.args.neftune_noise_alpha is not None
 
     def _prepare_for_training(self, *args, **options):
         prepared = super()._prepare_for_training(*args, **options)
@@ -313,6 +321,8 @@ class LabelTokenTrainer(Trainer):
             self.optimizer.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         groups, found = self._validation_batches(rows), [0.0] * len(rows)
+        # Nothing is drawn, and no balance counted here.
+        collate = replace(self.data_collator, shares=self._shares_validated, cuts=True)
         with self._untrained(), self.accelerator.autocast():
             # Every process makes as many forward passes as any other: sharded models wait for each other.
             for number in range(
@@ -321,7 +331,7 @@ class LabelTokenTrainer(Trainer):
                 if self.is_asked_to_stop():
                     raise EvaluationLeft
                 indices = groups[min(number, len(groups) - 1)]
-                batch = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+                batch = self._prepare_inputs(collate([rows[index] for index in indices]))
                 sums = sums_of_rows(label_states(model, self.head, batch), batch)
                 if number < len(groups):
                     total += torch.tensor([sum(sums), batch["targets"].numel()], dtype=torch.float64).to(total.device)
