@@ -8,13 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from finegrid.training.collation import Collator, first_rows
-from finegrid.training.flat import NAME, _rows, draws, make_flat
+from finegrid.training.flat import NAME, _rows, draws, flat_attention, layout_of, make_flat
 from finegrid.training.joint import merged
 from finegrid.training.loss import find_head, label_logits, label_states
 from finegrid.training.trainer import LabelTokenTrainer
 from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_trainer import SMALL, arguments, make
 from token_rows import random_rows, with_system_message
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 ROWS = [
@@ -204,6 +205,20 @@ def test_several_runs_rows_share_what_is_their_own(attention):
     parts = [collate(part) for part in (with_system_message(rows[:3], 9), rows[3:5], with_system_message(rows[5:], 14))]
     found = label_logits(model, None, merged(parts))[0]
     torch.testing.assert_close(found, torch.cat([label_logits(model, None, part)[0] for part in parts]))
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 4], [4, 4, 4]])
+def test_autocast_on_a_cpu_leaves_attention_in_float32(lengths):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 12, 8, dtype=torch.bfloat16).requires_grad_()
+    rows = [{"id": n, "input_ids": [7] * size, "labels": [7] * size} for n, size in enumerate(lengths)]
+    batch = layout_of(Collator(flat=True)(rows))
+    module = make().model.layers[0].self_attn
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = flat_attention(module, query, key, value, None, **batch)
+    parts = [states.float().split(lengths, dim=2) for states in (query, key, value)]
+    expected = [functional.scaled_dot_product_attention(*row, is_causal=True) for row in zip(*parts, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected, dim=2).transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
 def test_a_windows_rows_see_the_window_alone(attention):

@@ -510,7 +510,8 @@ class _Program:
         if numerics.attention == "eager":
             return self.eager_attention(q, k, v)
         if numerics.autocast:
-            q, k, v = (self.cast(x, HALF) for x in (q, k, v))
+            exact = flat and not numerics.cuda  # finegrid.training.flat
+            q, k, v = (self.cast(x, FLOAT if exact else HALF) for x in (q, k, v))
         saves = [q, k, v, Tensor(Size(token=shape.heads), FLOAT, False)]
         if masked and numerics.attention == "sdpa":
             saves.append(Tensor(Size(square=1), q.itemsize, False))  # made anew of the boolean mask in every layer

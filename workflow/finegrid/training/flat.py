@@ -17,6 +17,7 @@ Batches are those of :class:`finegrid.training.collation.Collator` with ``flat``
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -92,11 +93,18 @@ def flat_attention(
         )
         return output  # (rows, tokens, heads, width)
 
-    if query.device.type == ROW_BY_ROW and len(cells) < grid[0] * grid[1]:
-        lengths = cu_seq_lens_q.diff().tolist()
-        rows = zip(*(_rows(states, lengths, shared) for states in (query, key, value)), strict=True)
-        return torch.cat([attend(*row)[:, -own:] for row, own in zip(rows, lengths, strict=True)], dim=1), None
-    output = attend(*(_into_grid(states, cells, grid, shared) for states in (query, key, value))).flatten(0, 1)
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # Of 16 bits torch's attention takes a CPU four times as long backward.
+        query, key, value = query.float(), key.float(), value.float()
+        precision = torch.autocast("cpu", enabled=False)
+    else:
+        precision = contextlib.nullcontext()
+    with precision:
+        if query.device.type == ROW_BY_ROW and len(cells) < grid[0] * grid[1]:
+            lengths = cu_seq_lens_q.diff().tolist()
+            rows = zip(*(_rows(states, lengths, shared) for states in (query, key, value)), strict=True)
+            return torch.cat([attend(*row)[:, -own:] for row, own in zip(rows, lengths, strict=True)], dim=1), None
+        output = attend(*(_into_grid(states, cells, grid, shared) for states in (query, key, value))).flatten(0, 1)
     return (output if len(output) == len(cells) else output.index_select(0, cells))[None], None
 
 
