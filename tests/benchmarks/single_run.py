@@ -1,19 +1,24 @@
 """One training run: Finegrid against transformers' Trainer with dynamic padding, on the same rows and settings.
 
     python tests/benchmarks/single_run.py [--models 1M 10M 135M] [--methods LoRA full QLoRA] [--computes fp32 bf16]
+                                          [--rows text drawn]
 
-Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, one thread. Each
-side is a process of its own, and both make the same steps from the same weights in the same order; Finegrid's has the
-allocator's settings that the workflow's jobs have, the Trainer's has none. Printed are CPU seconds a step, without
-start-up and without the first two steps, the median of three repeats, each side's most resident memory, and the largest
-difference of the two loss curves; the last column is the ratio. bf16 is autocast over weights in fp32, on both sides.
+Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, one thread: `text`
+are those of `grid.py`, text of InsuranceQA in SmolLM2's chat template, all of which begin with its system message;
+`drawn` are random tokens that have nothing in common. Each side is a process of its own, and both make the same steps
+from the same weights in the same order; Finegrid's has the allocator's settings that the workflow's jobs have, the
+Trainer's has none. Printed are CPU seconds a step, without start-up and without the first two steps, the median of
+three repeats, each side's most resident memory, and the largest difference of the two loss curves; the last column is
+the ratio. bf16 is autocast over weights in fp32, on both sides.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,8 +27,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finegrid import layout
-
 PROJECT = Path(__file__).resolve().parents[2]
 REPEATS = 3
 FIRST = 2  # steps that warm up
@@ -31,38 +34,36 @@ BATCH = 4
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 METHODS = {"LoRA": (ADAPTER, None), "full": (None, None), "QLoRA": (ADAPTER, NF4)}
-SIZES = {  # hidden, intermediate, layers, heads, steps
-    "1M": (64, 192, 4, 4, 42),
-    "10M": (256, 768, 8, 8, 22),
-    "135M": (None, None, None, None, 8),
-}
+STEPS = {"1M": 42, "10M": 22, "135M": 8}
 VOCABULARY = 8192
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--models", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--computes", nargs="*", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--rows", nargs="*", default=["text", "drawn"], choices=["text", "drawn"])
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(**options.worker)
         return
-    print("model method compute   Trainer, s/step   Finegrid, s/step   MiB, MiB   largest difference of losses   ratio")
-    with tempfile.TemporaryDirectory() as folder:
-        for model in options.models:
-            for method in options.methods:
-                for compute in options.computes:
-                    compare(model, method, compute, Path(folder))
+    columns = "Trainer, s/step   Finegrid, s/step   MiB, MiB   largest difference of losses   ratio"
+    print("model rows  method compute  ", columns)
+    with tempfile.TemporaryDirectory() as name:
+        for model, rows in itertools.product(options.models, options.rows):
+            folder = Path(name) / f"{model}-{rows}"
+            prepare(model, rows, folder)
+            for method, compute in itertools.product(options.methods, options.computes):
+                compare(model, rows, method, compute, folder)
 
 
-def compare(model: str, method: str, compute: str, folder: Path) -> None:
+def compare(model: str, rows: str, method: str, compute: str, folder: Path) -> None:
     """Run both sides in turn and print a line."""
     from finegrid.memory import ALLOCATOR
 
     found: dict[str, list[dict]] = {"trainer": [], "finegrid": []}
-    prepare(model, folder)
     for _ in range(REPEATS):
         for side, results in found.items():
             work = {"side": side, "model": model, "method": method, "compute": compute, "folder": str(folder)}
@@ -76,7 +77,7 @@ def compare(model: str, method: str, compute: str, folder: Path) -> None:
     curves = zip(found["trainer"][0]["losses"], found["finegrid"][0]["losses"], strict=True)
     difference = max(abs(one - other) for one, other in curves)
     print(
-        f"{model:5} {method:6} {compute:7} {seconds['trainer']:17.3f} {seconds['finegrid']:18.3f}   "
+        f"{model:5} {rows:5} {method:6} {compute:7} {seconds['trainer']:17.3f} {seconds['finegrid']:18.3f}   "
         f"{memory['trainer']:.0f}, {memory['finegrid']:.0f}   {difference:.1e}   "
         f"{seconds['finegrid'] / seconds['trainer']:.2f}",
         flush=True,
@@ -95,33 +96,24 @@ def worker(side: str, model: str, method: str, compute: str, folder: str) -> Non
 # ---------------------------------------------------------------- rows and models
 
 
-def prepare(model: str, folder: Path) -> None:
-    """Write the model's folder and its token rows, once."""
-    if (folder / f"{model}-rows.json").exists():
-        return
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def prepare(model: str, kind: str, folder: Path) -> None:
+    """Make the folder with the model and its token rows."""
+    import grid
+    from datasets import Dataset
 
-    if model == "135M":
-        from finegrid.data.demo import convert_model
-
-        if not (PROJECT / layout.DEMO_MODEL / "model.safetensors").exists():
-            convert_model(PROJECT / layout.DEMO_MODEL)
+    folder.mkdir()
+    if kind == "text":
+        project = grid.prepare(model, folder / "project", kind="mixed")
+        shutil.move(project / "data/models" / model, folder / "model")
+        train = Dataset.from_file(str(grid.tokens_of(project) / "train.arrow"))
+        rows = train.select_columns(["id", "input_ids", "labels"]).to_list()
     else:
-        hidden, intermediate, layers, heads, _ = SIZES[model]
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / model)
-    (folder / f"{model}-rows.json").write_text(json.dumps(token_rows(SIZES[model][-1] * BATCH)))
+        if model == "135M":
+            os.symlink(grid.demo_model(), folder / "model")
+        else:
+            grid.random_model(model, grid.demo_model(), folder / "model")
+        rows = token_rows(STEPS[model] * BATCH)
+    (folder / "rows.json").write_text(json.dumps(rows))
 
 
 def token_rows(count: int) -> list[dict[str, Any]]:
@@ -138,17 +130,13 @@ def token_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def folder_of(model: str, folder: Path) -> Path:
-    return PROJECT / layout.DEMO_MODEL if model == "135M" else folder / model
-
-
 # ---------------------------------------------------------------- the two sides
 
 
 def arguments(model: str, folder: Path, **values: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "out"),
-        "max_steps": SIZES[model][-1],
+        "max_steps": STEPS[model],
         "per_device_train_batch_size": BATCH,
         "learning_rate": 1e-3,
         "logging_steps": 1,
@@ -211,12 +199,12 @@ def plain_trainer(model: str, method: str, values: dict[str, Any], folder: Path)
     adapter, quantised = METHODS[method]
     set_seed(0)
     options = {"quantization_config": BitsAndBytesConfig(**quantised)} if quantised else {}
-    base = AutoModelForCausalLM.from_pretrained(folder_of(model, folder), dtype="float32", **options)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32", **options)
     if quantised:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     if adapter:
         base = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapter))
-    rows = json.loads((folder / f"{model}-rows.json").read_text())
+    rows = json.loads((folder / "rows.json").read_text())
     data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
     collator = DataCollatorForSeq2Seq(padding_tokenizer(PreTrainedTokenizerFast), label_pad_token_id=-100)
     return trained(Trainer(base, TrainingArguments(**values), train_dataset=data, data_collator=collator))
@@ -238,7 +226,7 @@ def finegrid_trainer(model: str, method: str, values: dict[str, Any], folder: Pa
 
     adapter, quantised = METHODS[method]
     recipe = {
-        "model": {"model_name_or_path": str(folder_of(model, folder))},
+        "model": {"model_name_or_path": str(folder / "model")},
         "data_config": {"train_file": "rows.jsonl", "test_size": 1},
         "training_args": {"use_cpu": True, "max_steps": 1},
     }
@@ -246,8 +234,8 @@ def finegrid_trainer(model: str, method: str, values: dict[str, Any], folder: Pa
     recipe |= {"quantization_config": quantised} if quantised else {}
     settings = resolve(recipe, place="benchmark", project=PROJECT)[0]
     set_seed(0)
-    built = attach_adapter(settings, load_base(settings, folder_of(model, folder), "cpu"))
-    data = Dataset.from_list(json.loads((folder / f"{model}-rows.json").read_text()))
+    built = attach_adapter(settings, load_base(settings, folder / "model", "cpu"))
+    data = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
     return trained(LabelTokenTrainer(built, Seq2SeqTrainingArguments(**values), data))
 
 
