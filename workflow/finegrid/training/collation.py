@@ -137,5 +137,6 @@ def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
         "positions": batch["positions"][kept],
         "targets": batch["targets"][kept],
         "ids": batch["ids"][:count],
+        "lengths": batch["lengths"][:count],
         "tokens": sum(batch["lengths"][:count]),
     }
