@@ -298,12 +298,12 @@ def finegrid(project: Path, config: list[str]) -> dict[str, list[float]]:
     return found
 
 
-def snakemake(project: Path, targets: list[str], config: list[str]) -> None:
+def snakemake(project: Path, targets: list[str], config: list[str], cores: int = 2) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(project / "workflow"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = ["snakemake", "--config", "study=grid", *config, "--cores", "2", "--", *targets]
+    command = ["snakemake", "--config", "study=grid", *config, "--cores", str(cores), "--", *targets]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
