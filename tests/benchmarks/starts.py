@@ -5,7 +5,8 @@
 Printed are medians of wall seconds. The study with nothing to do is that of `versions.py`: its results are random bytes
 and nothing was trained. A further run is one of the twelve LoRA runs of `grid.py` (1M, one step each, one pack,
 one core): the time that twelve take more than one, divided by eleven, without the seconds of the steps. In it are
-the adapter, the dataset, both validations, the saved files, their hashes and what snakemake does to put them in place.
+the adapter, the dataset, the validation (the base's is known), the files, their hashes, and what snakemake does to put
+them in place.
 """
 
 from __future__ import annotations

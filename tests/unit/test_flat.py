@@ -289,6 +289,10 @@ def test_dropout_is_seen_wherever_it_is_told():
     model = make()
     model.config.attention_dropout = 0.1
     assert draws(model)
+    mixture = make("mixtral")
+    assert not draws(mixture)
+    mixture.config.router_jitter_noise = 0.1
+    assert draws(mixture)
     assert not draws(get_peft_model(make(), LoraConfig(r=4, task_type="CAUSAL_LM")))
     assert draws(get_peft_model(make(), LoHaConfig(r=4, target_modules=["q_proj"], rank_dropout=0.1)))
 

@@ -50,8 +50,8 @@ CPU_PROCESS = 560 * MIB
 CPU_FRAGMENTATION = 0.03
 # Settings of glibc's allocator for a process that trains on the CPU: what is freed stays in the process, else it is
 # fetched from the system again, page by page, in every step. Read before a process starts; the rules set them. As much
-# is held as by default (tests/benchmarks/memory.py --allocator keeping). Where the system has large pages for who asks
-# for them, they save looking up addresses: 0 to 4 % of a step.
+# is held as by default (tests/benchmarks/memory.py --allocator keeping; measured before it asked for large pages).
+# Where the system has large pages for who asks, they save looking up addresses: 0 to 4 % of a step.
 ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 IGNORED = -100
-WORTH_SHARING = 8  # tokens; putting rows together for attention costs about as much as two tokens a row
+WORTH_SHARING = 8  # tokens; fewer are not worth the copies that put rows together for attention
 
 
 @dataclass

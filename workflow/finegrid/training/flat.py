@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "finegrid_flat"
 ROW_BY_ROW = "cpu"  # the type of device where attention is computed so
+DRAWN = ("drop", "noise", "jitter")  # in the names of config keys that have something drawn for each token
 # What the attention of some models does besides; `sliding_window` is seen to below.
 NOT_DONE = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -217,9 +218,9 @@ def draws(model: torch.nn.Module) -> bool:
     """Return whether anything may be drawn for each token while the model trains, by its modules or its configs."""
     if any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()):
         return True
-    configs = [model.config, getattr(model, "active_peft_config", None)]
+    configs = [model.config, model.config.get_text_config(), getattr(model, "active_peft_config", None)]
     values = [item for config in configs if config is not None for item in config.to_dict().items()]
-    return any(value for key, value in values if "drop" in key and isinstance(value, int | float))
+    return any(isinstance(value, int | float) and value for key, value in values if any(word in key for word in DRAWN))
 
 
 def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
