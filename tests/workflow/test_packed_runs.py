@@ -16,8 +16,11 @@ import psutil
 import pytest
 from conftest import RECIPE, Checkout, copy_project, raw_rows
 from finegrid import packing
+from finegrid.errors import UserError
 from finegrid.packs import packs_here
-from finegrid.staging import Staging, training_identity
+from finegrid.placing import placed
+from finegrid.provenance import hashes_of
+from finegrid.staging import Staging, training_identity, training_inputs, training_places
 from finegrid.study import load_study
 from finegrid.training.stopping import Stop
 from finegrid.watch import Watcher
@@ -223,7 +226,7 @@ def test_a_pack_that_can_not_score_has_still_trained(copy, monkeypatch):
     monkeypatch.chdir(copy.folder)
     study = load_study(Path("config/studies/tiny.yaml"), copy.folder)
     (pack,) = packs_here(study, 1)
-    needed = {"train": {pack.name: []}, "evaluate": {pack.name: [study.runs[0].id]}}
+    needed = {"train": {pack.name: {"runs": []}}, "evaluate": {pack.name: {"runs": [study.runs[0].id]}}}
     Path("scratch/tiny/needed.json").write_text(json.dumps(needed))
     asked: list[list[str]] = []
 
@@ -243,12 +246,73 @@ def test_a_pack_that_can_not_score_has_still_trained(copy, monkeypatch):
 def test_nothing_stale_is_placed(copy, monkeypatch):
     monkeypatch.chdir(copy.folder)
     run = load_study(Path("config/studies/tiny.yaml"), copy.folder).runs[0]
-    place = Staging.of(Path("scratch"), "tiny", run.id, "train")
-    identity = training_identity(run)
-    place.begin()
-    place.finish(identity)
+    place, identity = staged(run)
     assert place.is_whole(training_identity(run))
     tokens = next(Path("data/tokens").glob("*/train.arrow"))
     tokens.write_bytes(tokens.read_bytes() + b"x")
     assert not place.is_whole(training_identity(run))
     assert not place.is_whole(identity | {"code": "another"})
+
+
+def staged(run) -> tuple[Staging, dict]:
+    """Take a trained run's results to where its pack would have staged them."""
+    study = load_study(Path("config/studies/tiny.yaml"), Path.cwd())
+    place, identity = Staging.of(Path("scratch"), "tiny", run.id, "train"), training_identity(run)
+    place.begin()
+    for name, path in training_places(study, run).items():
+        path.rename(place.folder / name)
+    place.log.write_text("what was printed for the run\n")
+    place.finish(identity, study, training_inputs(run), training_places(study, run))
+    return place, identity
+
+
+def test_a_run_is_placed_without_a_look_at_the_study_only_while_nothing_has_changed(copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy.folder)
+    declared = Path("config/studies/tiny.yaml")
+    study = load_study(declared, copy.folder)
+    run = study.runs[0]
+    before = {name: hashes_of(path) for name, path in training_places(study, run).items()}
+    place, _ = staged(run)
+    command = ["train", "tiny", run.id, "--log", "logs/placed.log"]
+    tokens = next(Path("data/tokens").glob("*/train.arrow"))
+    for path in (declared, study.recipe, tokens, Path(place.folder / "done.json")):
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n" if path.suffix != ".json" else b"{}")
+        assert not placed(command), path
+        path.write_bytes(content)
+    with monkeypatch.context() as changed:
+        changed.setattr("finegrid.staging.code_fingerprint", lambda module: "another")
+        assert not placed(command)
+    assert not placed(["train", "tiny", run.id, "--scratch", "scratch"])  # what only the command line reads
+    assert not placed(["plan", "tiny", run.id])
+    assert not placed(["train", "tiny", "lora-00000000"])
+    assert place.is_whole(training_identity(run))
+
+    assert placed(command)
+    assert f"train {run.id}: trained in its pack" in capsys.readouterr().err
+    assert Path("logs/placed.log").read_text() == "started\nwhat was printed for the run\ntrained in its pack\n"
+    after = {name: hashes_of(path) for name, path in training_places(study, run).items()}
+    made = json.loads(training_places(study, run)["provenance.json"].read_text())
+    assert made["command"] == " ".join(["finegrid", *command])
+    assert {name for name in before if before[name] != after[name]} == {"provenance.json"}
+    assert not place.folder.exists()
+    assert not placed(command)
+
+
+def test_a_run_that_failed_in_its_pack_is_left_to_the_command(copy, monkeypatch):
+    monkeypatch.chdir(copy.folder)
+    run = load_study(Path("config/studies/tiny.yaml"), copy.folder).runs[2]
+    place = Staging.of(Path("scratch"), "tiny", run.id, "train")
+    place.begin()
+    place.log.write_text("what was printed for the run\n")
+    place.fail(training_identity(run), UserError("the loss is no number"))
+    assert not placed(["train", "tiny", run.id])
+    done = subprocess.run(
+        [sys.executable, "-m", "finegrid.cli", "train", "tiny", run.id, "--log", "logs/failed.log"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "workflow"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: the loss is no number" in done.stderr

@@ -22,14 +22,19 @@ import typer
 from finegrid import layout, packing, provenance, versions_cli
 from finegrid.errors import UserError, nearest
 from finegrid.files import write_json
+from finegrid.placing import IN_PACK
+from finegrid.run_records import evaluation_record, training_record
 from finegrid.staging import (
+    RECORD,
     Failed,
     Staging,
     evaluation_identity,
+    evaluation_places,
     raise_failure,
     training_facts,
     training_identity,
     training_inputs,
+    training_places,
 )
 from finegrid.startup import importing, leave_out_unused
 from finegrid.training import launch
@@ -217,8 +222,8 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
         the_study = _study(study)
         the_run = the_study.run(run)
         worker = launch.this_worker()
-        if worker is None and _placed_training(the_study, the_run, scratch):
-            progress("trained in its pack")
+        if worker is None and _placed(the_study, the_run, scratch, "train"):
+            progress(IN_PACK["train"])
             return
         starts_workers = worker is None and launch.is_needed(the_run.settings)
         is_first = worker is None or worker.rank == 0
@@ -256,7 +261,9 @@ def train(study: StudyName, run: RunId, log: Log = None, scratch: Scratch = Path
                 stop=stop,
             )
             if is_first:
-                _write_run_records(the_study, the_run, made_at)
+                places = training_places(the_study, the_run)
+                write_json(places["settings.json"], the_run.settings.model_dump(mode="json"))
+                write_json(places[RECORD], training_record(the_study, the_run, made_at, _command()))
 
 
 @app.command()
@@ -273,8 +280,8 @@ def evaluate(
     with _stage(f"evaluate {run}", log) as progress:
         the_study = _study(study)
         the_run = the_study.run(run)
-        if _placed_evaluation(the_study, the_run, scratch):
-            progress("evaluated in its pack")
+        if _placed(the_study, the_run, scratch, "evaluate"):
+            progress(IN_PACK["evaluate"])
             return
         results = layout.RESULTS / the_study.name
         made_at = provenance.commit(Path.cwd())
@@ -298,16 +305,21 @@ def evaluate(
                 metrics=results / "metrics" / f"{run}.json",
                 progress=say,
             )
-        _write_evaluation_provenance(the_study, the_run, packing.device_name(the_run), made_at)
+        # No output of the rule, for it says nothing that later stages hang on.
+        record = evaluation_record(the_study, the_run, made_at, packing.device_name(the_run), _command())
+        write_json(evaluation_places(the_study, the_run)[RECORD], record)
 
 
 @app.command("train-pack")
 def train_pack(
     study: StudyName,
     pack: PackName,
-    together: Annotated[int, typer.Option(help="How many runs make their steps together, on a GPU.")] = 1,
+    together: Annotated[
+        int | None, typer.Option(help="How many runs make their steps together, on a GPU. Default: by the plan.")
+    ] = None,
     score: Annotated[
-        int | None, typer.Option(help="Score them too if Snakemake needs that: see --rows of evaluate-pack.")
+        int | None,
+        typer.Option(help="Score them too if Snakemake needs that: see --rows of evaluate-pack. Default: by the plan."),
     ] = None,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
@@ -326,7 +338,10 @@ def evaluate_pack(
     study: StudyName,
     pack: PackName,
     gpus: Annotated[int, typer.Option(help="0: on the CPU, whatever GPUs there are.")] = 1,
-    rows: Annotated[int, typer.Option(help="Rows of all runs in one batch of answers at most; 0: run by run.")] = 0,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of all runs in one batch of answers at most; 0: run by run. Default: by the plan."),
+    ] = None,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
 ) -> None:
@@ -659,107 +674,23 @@ def _is_trained(study: Study, run: Run, before: int | None) -> bool:
     return same and all(made[name] == value for name, value in facts.items())
 
 
-def _placed_training(study: Study, run: Run, scratch: Path) -> bool:
-    """Put in place what a pack has trained for the run; return whether there was anything.
+def _placed(study: Study, run: Run, scratch: Path, stage: str) -> bool:
+    """Put in place what a pack has made for the run; return whether there was anything.
 
     Raises:
         UserError, Failed: the run failed in its pack.
     """
-    place = Staging.of(scratch, study.name, run.id, "train")
-    done = _staged(place, lambda: training_identity(run))
-    if done is None:
-        return False
-    results = layout.RESULTS / study.name
-    place.place(
-        {
-            "weights": layout.weights_folder(study.name, run),
-            "history.csv": results / "history" / f"{run.id}.csv",
-            "summary.json": results / "training" / f"{run.id}.json",
-        }
-    )
-    _write_run_records(study, run, done["made_at"])
-    return True
-
-
-def _placed_evaluation(study: Study, run: Run, scratch: Path) -> bool:
-    """Put in place what a pack has scored for the run; return whether there was anything.
-
-    Raises:
-        UserError, Failed: the run failed in its pack.
-    """
-    place = Staging.of(scratch, study.name, run.id, "evaluate")
-    done = _staged(place, lambda: evaluation_identity(study, run))
-    if done is None:
-        return False
-    results = layout.RESULTS / study.name
-    place.place(
-        {
-            "predictions.jsonl": results / "runs" / run.id / "predictions.jsonl",
-            "metrics.json": results / "metrics" / f"{run.id}.json",
-        }
-    )
-    _write_evaluation_provenance(study, run, done["device"], done["made_at"])
-    return True
-
-
-def _staged(place: Staging, identity: Callable[[], dict]) -> dict | None:
-    """Return what a pack left for a run, and print what it printed for it; None if there is nothing that is true."""
-    done = place.done(identity()) if place.folder.is_dir() else None
+    place = Staging.of(scratch, study.name, run.id, stage)
+    done = None
+    if place.folder.is_dir():
+        done = place.done(training_identity(run) if stage == "train" else evaluation_identity(study, run))
     if done is not None:
         print(place.log.read_text(encoding="utf-8"), end="", flush=True)
         raise_failure(done)
+        place.place(done["places"], _command())
     elif os.environ.get("FINEGRID_ONLY_PLACES"):
         raise UserError(f"{place.folder}: nothing of today's settings, code and data is there; run snakemake again")
-    return done
-
-
-def _write_run_records(study: Study, run: Run, made_at: dict) -> None:
-    """Write a trained run's settings and provenance; ``made_at`` is the commit at which its training began."""
-    results = layout.RESULTS / study.name
-    write_json(results / "settings" / f"{run.id}.json", run.settings.model_dump(mode="json"))
-    summary = json.loads((results / "training" / f"{run.id}.json").read_text())
-    provenance.write(
-        results / "provenance" / f"{run.id}.json",
-        Path.cwd(),
-        inputs=training_inputs(run),
-        made_at=made_at,
-        study=study.name,
-        run=run.id,
-        data=f"{run.dataset}-{run.data_id}",
-        model=run.settings.model.model_name_or_path,
-        device=summary["device"],
-        seed=run.seed,
-        command=_command(),
-        outputs=provenance.hashes_of(layout.weights_folder(study.name, run)),
-        data_version=provenance.data_version(layout.tokens_folder(run) / "report.json"),
-        **training_facts(run),
-    )
-
-
-def _write_evaluation_provenance(study: Study, run: Run, device: str, made_at: dict) -> None:
-    """Of a scoring, an untrained model's too; no output of the rule, for it says nothing that later stages hang on."""
-    from finegrid.fingerprint import code_fingerprint, short_hash
-
-    results, tokens = layout.RESULTS / study.name, layout.tokens_folder(run)
-    weights = {} if run.method == "base" else {"training": results / "training" / f"{run.id}.json"}
-    provenance.write(
-        results / "provenance/evaluation" / f"{run.id}.json",
-        Path.cwd(),
-        inputs={"model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json", **weights}
-        | {split: tokens / f"{split}.arrow" for split in ("validation", "test")},
-        made_at=made_at,
-        study=study.name,
-        run=run.id,
-        data=f"{run.dataset}-{run.data_id}",
-        data_version=provenance.data_version(tokens / "report.json"),
-        model=run.settings.model.model_name_or_path,
-        device=device,
-        seed=run.seed,
-        settings_hash=short_hash(run.settings.evaluation_settings()),
-        code=code_fingerprint("finegrid.evaluation.evaluate"),
-        command=_command(),
-        outputs=provenance.hashes_of(results / "runs" / run.id / "predictions.jsonl"),
-    )
+    return done is not None
 
 
 def _study_inputs(study: Study) -> dict[str, Path]:

@@ -19,10 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid import layout
-from finegrid.files import printing_to
+from finegrid.files import printing_to, write_json
 from finegrid.pack_jobs import NEEDED
 from finegrid.packs import pack_of_name
-from finegrid.staging import Staging, evaluation_identity, training_identity
+from finegrid.run_records import evaluation_record, training_record
+from finegrid.staging import (
+    RECORD,
+    Staging,
+    evaluation_identity,
+    evaluation_inputs,
+    evaluation_places,
+    training_identity,
+    training_inputs,
+    training_places,
+)
 from finegrid.startup import importing, leave_out_unused
 from finegrid.training.state import live_state
 from finegrid.training.stopping import Stop
@@ -47,34 +57,39 @@ def needed(study: Study, pack: str, stage: str, scratch: Path) -> list[Run]:
         UserError: the study has no such pack.
     """
     runs, said = pack_of_name(study, pack).runs, _said(study, pack, stage, scratch)
-    return [run for run in runs if said is None or run.id in said]
+    return [run for run in runs if not said or run.id in said["runs"]]
 
 
-def _said(study: Study, pack: str, stage: str, scratch: Path) -> list[str] | None:
+def _said(study: Study, pack: str, stage: str, scratch: Path) -> dict[str, Any]:
+    """Return what Snakemake has said of a pack, see :func:`finegrid.pack_jobs.begin`; nothing if it has not."""
     try:
         return json.loads((scratch / study.name / NEEDED).read_text(encoding="utf-8"))[stage][pack]
     except (OSError, ValueError, KeyError):
-        return None
+        return {}
 
 
 # ---------------------------------------------------------------- training
 
 
 def train_pack(
-    study: Study, pack: str, scratch: Path, say: Progress, together: int = 1, rows: int | None = None
+    study: Study, pack: str, scratch: Path, say: Progress, together: int | None = None, rows: int | None = None
 ) -> None:
     """Train the needed runs of a pack and stage them; and score those whose scores are needed too, if asked for.
 
     Args:
         scratch: folder of all studies' checkpoints.
         together: how many runs make their steps together on a GPU; on the CPU one trains after the other, to the bits
-            of a run alone.
-        rows: those of :func:`evaluate_pack`, to score here what was trained, which saves a start; None doesn't.
+            of a run alone. Default: what Snakemake has said, or 1.
+        rows: those of :func:`evaluate_pack`, to score here what was trained, which saves a start. Default: what
+            Snakemake has said; None doesn't score.
 
     Raises:
         UserError: the study has no such pack.
     """
     runs = needed(study, pack, "train", scratch)
+    said = _said(study, pack, "train", scratch)
+    together = said.get("together", 1) if together is None else together
+    rows = said.get("rows") if rows is None else rows
     validated: Validated = {}
     with Stop() as stop, contextlib.ExitStack() as locks:
         _lock(runs, study, scratch, locks, say)
@@ -86,8 +101,8 @@ def train_pack(
             on_gpu = device_name(left[0]) != "cpu"
             at_once = together if on_gpu else 1
             _train_together(study, left, scratch, places, identities, at_once, stop, say, validated)
-    scored = _said(study, pack, "evaluate", scratch) or []
     if rows is not None:
+        scored = _said(study, pack, "evaluate", scratch).get("runs", [])
         try:
             _score(study, [run for run in runs if run.id in scored], scratch, rows, say, validated)
         except Exception as error:  # what was trained is not lost, and the job for the scores tells what is wrong
@@ -178,7 +193,9 @@ def _train(
                 base_losses=losses,
                 validated=keep,
             )
-        place.finish(identity, made_at=made_at)
+        write_json(place.folder / "settings.json", run.settings.model_dump(mode="json"))
+        write_json(place.folder / RECORD, training_record(study, run, made_at, "", place.folder))
+        place.finish(identity, study, training_inputs(run), training_places(study, run))
     if joint is not None:
         joint.leave(lane)
 
@@ -186,22 +203,24 @@ def _train(
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: int = 0) -> None:
+def evaluate_pack(study: Study, pack: str, scratch: Path, say: Progress, rows: int | None = None) -> None:
     """Score the needed runs of a pack and stage predictions and metrics.
 
     Args:
-        rows: of all runs, in one batch of answers at most; 0 generates the answers run by run.
+        rows: of all runs, in one batch of answers at most; 0 generates the answers run by run. Default: what
+            Snakemake has said, or 0.
 
     Raises:
         UserError: the study has no such pack.
     """
+    rows = _said(study, pack, "evaluate", scratch).get("rows", 0) if rows is None else rows
     _score(study, needed(study, pack, "evaluate", scratch), scratch, rows, say)
 
 
 def _score(
     study: Study, runs: list[Run], scratch: Path, rows: int, say: Progress, validated: Validated | None = None
 ) -> None:
-    left: dict[str, tuple[Run, Staging, dict[str, Any], Path]] = {}
+    left: dict[str, tuple[Run, Staging, dict[str, Any], Path, Path]] = {}
     for run in runs:
         place = Staging.of(scratch, study.name, run.id, "evaluate")
         trained = _trained(study, run, scratch, place)
@@ -211,7 +230,7 @@ def _score(
         weights, summary = trained
         identity = evaluation_identity(study, run, summary)
         if not place.is_whole(identity):
-            left[run.id] = (run, place, identity, weights)
+            left[run.id] = (run, place, identity, weights, summary)
     if not left:
         return
     leave_out_unused(run.settings for run, *_ in left.values())
@@ -221,9 +240,9 @@ def _score(
 
     base = ResidentBase()
     answers = _answers(left, base, rows, say) if rows and len(left) > 1 else {}
-    for run, place, identity, weights in left.values():
+    for run, place, identity, weights, summary in left.values():
         known = _known(run, validated or {})
-        _evaluate(study, run, scratch, place, identity, weights, say, base, answers.get(run.id), known)
+        _evaluate(study, run, scratch, place, identity, weights, summary, say, base, answers.get(run.id), known)
 
 
 def _known(run: Run, validated: Validated) -> list[float] | None:
@@ -235,7 +254,7 @@ def _known(run: Run, validated: Validated) -> list[float] | None:
 
 
 def _answers(
-    left: Mapping[str, tuple[Run, Staging, dict[str, Any], Path]], base: ResidentBase, rows: int, say: Progress
+    left: Mapping[str, tuple[Run, Staging, dict[str, Any], Path, Path]], base: ResidentBase, rows: int, say: Progress
 ) -> dict[str, Answers]:
     """Return the answers that can be made together; none if that fails, for each run then tells what is wrong."""
     from finegrid.evaluation.together import answers_of_all
@@ -243,7 +262,7 @@ def _answers(
     first = next(iter(left.values()))[0]
     try:
         return answers_of_all(
-            {name: (run.settings, weights) for name, (run, _, _, weights) in left.items()},
+            {name: (run.settings, weights) for name, (run, _, _, weights, _) in left.items()},
             layout.tokens_folder(first),
             layout.clean_folder(first),
             _model(first),
@@ -287,6 +306,7 @@ def _evaluate(
     place: Staging,
     identity: dict[str, Any],
     weights: Path,
+    summary: Path,
     say: Progress,
     base: ResidentBase,
     answers: Answers | None,
@@ -322,7 +342,9 @@ def _evaluate(
                 answers=answers,
                 validated=validated,
             )
-        place.finish(identity, made_at=made_at, device=device_name(run))
+        device = device_name(run)
+        write_json(place.folder / RECORD, evaluation_record(study, run, made_at, device, "", place.folder, summary))
+        place.finish(identity, study, evaluation_inputs(study, run), evaluation_places(study, run))
 
 
 def device_name(run: Run) -> str:

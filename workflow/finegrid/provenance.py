@@ -6,12 +6,12 @@ another machine does not make anything stale.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from finegrid.files import write_json
@@ -57,11 +57,30 @@ def write(
             as git has it.
         facts: further JSON-able entries, such as ``run``, ``seed``, ``settings_hash``, ``code``, ``command``.
     """
-    record = {
+    made = record(project, inputs=inputs, made_at=made_at, **facts)
+    if not (keep and _lasting(made) == _lasting(_json(output))):
+        write_json(output, made)
+
+
+def record(
+    project: Path,
+    *,
+    inputs: dict[str, Path],
+    made_at: dict[str, object] | None = None,
+    lying: Mapping[str, Path] | None = None,
+    **facts: object,
+) -> dict[str, object]:
+    """Return what :func:`write` writes.
+
+    Args:
+        lying: name -> file, of inputs that are not yet where ``inputs`` says.
+    """
+    found = {name: project / (lying or {}).get(name, path) for name, path in inputs.items()}
+    return {
         **facts,
         **(made_at or commit(project)),
         "inputs": {
-            name: {"file": path.as_posix(), "sha256": file_hash(project / path) if (project / path).is_file() else None}
+            name: {"file": path.as_posix(), "sha256": file_hash(found[name]) if found[name].is_file() else None}
             for name, path in inputs.items()
         },
         "lock": file_hash(project / "envs/lock.txt") if (project / "envs/lock.txt").exists() else None,
@@ -70,8 +89,6 @@ def write(
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if not (keep and _lasting(record) == _lasting(_json(output))):
-        write_json(output, record)
 
 
 def commit(project: Path) -> dict[str, object]:
@@ -169,12 +186,18 @@ def _inside(record: object, keys: tuple[str, ...]) -> object:
     return record
 
 
-def hashes_of(path: Path) -> dict[str, str]:
-    """Return path -> SHA-256 of a file, or of those in a folder, such as a run's weights."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return {file.as_posix(): file_hash(file) for file in files if file.is_file()}
+def hashes_of(path: Path, lying: Path | None = None) -> dict[str, str]:
+    """Return path -> SHA-256 of a file, or of those in a folder, such as a run's weights.
+
+    Args:
+        lying: where the file or folder is, if it is not yet there.
+    """
+    lying = lying or path
+    files = [lying] if lying.is_file() else sorted(lying.rglob("*"))
+    return {(path / file.relative_to(lying)).as_posix(): file_hash(file) for file in files if file.is_file()}
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Return name -> version of the packages that results hang on, as installed."""
     return {name: version for name in PACKAGES if (version := _version(name))}
@@ -202,6 +225,8 @@ def _git(project: Path, *arguments: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # a tenth of the start of `finegrid --help`
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
 """What a pack has made for one of its runs, until the run's own job puts it in place.
 
 ``scratch/<study>/packed/<run>/<stage>/`` holds the artefacts, ``log`` (what was printed for this run) and, written
-last, ``done.json``: the identity of what was made (settings, code, data and model by content), facts for the
-provenance, and for a run that failed its problems. Nothing is placed whose identity is another than today's.
+last, ``done.json``: the identity of what was made (settings, code, data and model by content), where everything
+belongs, and for a run that failed its problems. Nothing is placed whose identity is another than today's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from finegrid.study import Run, Study
 
 DONE = "done.json"
+RECORD = "provenance.json"
+CODE = {"train": "finegrid.training.train", "evaluate": "finegrid.evaluation.evaluate"}
 
 
 class Failed(Exception):
@@ -48,7 +50,7 @@ def training_facts(run: Run) -> dict[str, str]:
     """Return hashes of the settings and of the code that a run's weights hang on."""
     return {
         "settings_hash": short_hash(run.settings.canonical()),
-        "code": code_fingerprint("finegrid.training.train"),
+        "code": code_fingerprint(CODE["train"]),
     }
 
 
@@ -57,28 +59,58 @@ def training_identity(run: Run) -> dict[str, Any]:
     return training_facts(run) | {"inputs": _hashes(training_inputs(run))}
 
 
+def evaluation_inputs(study: Study, run: Run) -> dict[str, Path]:
+    """Return the files that a run's scores hang on, by name."""
+    clean, tokens = layout.clean_folder(run), layout.tokens_folder(run)
+    inputs = {f"tokens/{split}": tokens / f"{split}.arrow" for split in ("validation", "test")}
+    inputs |= {f"clean/{split}": clean / f"{split}.jsonl" for split in ("validation", "test")}
+    return inputs | {
+        "model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json",
+        "training": layout.RESULTS / study.name / "training" / f"{run.id}.json",
+    }
+
+
 def evaluation_identity(study: Study, run: Run, summary: Path | None = None) -> dict[str, Any]:
     """Return what must be the same for a run's scores to be the same, as plain data.
 
     Args:
         summary: of the training whose weights are scored; default: the one in place.
     """
-    clean, tokens = layout.clean_folder(run), layout.tokens_folder(run)
-    inputs = {f"tokens/{split}": tokens / f"{split}.arrow" for split in ("validation", "test")}
-    inputs |= {f"clean/{split}": clean / f"{split}.jsonl" for split in ("validation", "test")}
-    inputs |= {
-        "model": layout.MODELS / f"{layout.model_name(run.settings.model)}.json",
-        "training": summary or layout.RESULTS / study.name / "training" / f"{run.id}.json",
-    }
+    inputs = evaluation_inputs(study, run)
     return {
         "settings_hash": short_hash(run.settings.evaluation_settings()),
-        "code": code_fingerprint("finegrid.evaluation.evaluate"),
-        "inputs": _hashes(inputs),
+        "code": code_fingerprint(CODE["evaluate"]),
+        "inputs": _hashes(inputs | {"training": summary or inputs["training"]}),
     }
 
 
 def _hashes(files: Mapping[str, Path]) -> dict[str, str | None]:
     return {name: file_hash(path) if path.is_file() else None for name, path in files.items()}
+
+
+# ---------------------------------------------------------------- where everything belongs
+
+
+def training_places(study: Study, run: Run) -> dict[str, Path]:
+    """Return the paths of what a training makes, by the names it is staged under."""
+    results = layout.RESULTS / study.name
+    return {
+        "weights": layout.weights_folder(study.name, run),
+        "history.csv": results / "history" / f"{run.id}.csv",
+        "summary.json": results / "training" / f"{run.id}.json",
+        "settings.json": results / "settings" / f"{run.id}.json",
+        RECORD: results / "provenance" / f"{run.id}.json",
+    }
+
+
+def evaluation_places(study: Study, run: Run) -> dict[str, Path]:
+    """Return the paths of what a scoring makes, by the names it is staged under."""
+    results = layout.RESULTS / study.name
+    return {
+        "predictions.jsonl": results / "runs" / run.id / "predictions.jsonl",
+        "metrics.json": results / "metrics" / f"{run.id}.json",
+        RECORD: results / "provenance/evaluation" / f"{run.id}.json",
+    }
 
 
 # ---------------------------------------------------------------- one run's artefacts of one stage
@@ -118,9 +150,40 @@ class Staging:
         done = self.done(identity)
         return done is not None and "failed" not in done
 
-    def finish(self, identity: Mapping[str, Any], **facts: Any) -> None:
-        """Say that all artefacts are there."""
-        write_json(self.folder / DONE, {"identity": identity, **facts})
+    def finish(
+        self, identity: Mapping[str, Any], study: Study, inputs: Mapping[str, Path], places: Mapping[str, Path]
+    ) -> None:
+        """Say that all artefacts are there, what they hang on and where they belong."""
+        content = {
+            "identity": identity,
+            "declared": {"files": study.sources, "code": code_fingerprint("finegrid.study")},
+            "inputs": {name: path.as_posix() for name, path in inputs.items()},
+            "places": {name: path.as_posix() for name, path in places.items()},
+        }
+        write_json(self.folder / DONE, content)
+
+    def untouched(self) -> dict[str, Any] | None:
+        """Return what is said of a finished run, if nothing that it was made of has changed; else None.
+
+        The same as :meth:`done` with today's identity, or None where that has to look at the study: its settings are
+        the same if its files and the code that reads them are.
+        """
+        try:
+            content = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not content.get("places"):
+            return None
+        identity, declared = content["identity"], content["declared"]
+        files = {name: Path(name) for name in declared["files"]}
+        inputs = {name: Path(path) for name, path in content["inputs"].items()}
+        same = (
+            code_fingerprint("finegrid.study") == declared["code"]
+            and code_fingerprint(CODE[self.folder.name]) == identity["code"]
+            and _hashes(files) == declared["files"]
+            and _hashes(inputs) == identity["inputs"]
+        )
+        return content if same else None
 
     def fail(self, identity: Mapping[str, Any], error: Exception) -> None:
         """Keep why the run failed, for its own job to say."""
@@ -132,10 +195,17 @@ class Staging:
             failed = {"error": f"{type(error).__name__}: {error}"}
         write_json(self.folder / DONE, {"identity": identity, "failed": failed})
 
-    def place(self, places: Mapping[str, Path]) -> None:
-        """Move artefacts to where they belong, the folder's names to paths, and remove the folder."""
+    def place(self, places: Mapping[str, str], command: str) -> None:
+        """Move artefacts to where they belong, the folder's names to paths, and remove the folder.
+
+        Args:
+            places: those of :meth:`done`.
+            command: of the run's own job, for its provenance.
+        """
+        record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        write_json(self.folder / RECORD, record | {"command": command})
         for name, path in places.items():
-            _move(self.folder / name, path)
+            _move(self.folder / name, Path(path))
         shutil.rmtree(self.folder)
         if self.folder.name == "evaluate":
             shutil.rmtree(self.folder.with_name("weights"), ignore_errors=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finegrid.errors import UserError, nearest
-from finegrid.fingerprint import short_hash
+from finegrid.fingerprint import file_hash, short_hash
 from finegrid.gpus import gpu
 from finegrid.library_keys import library_keys
 from finegrid.settings import (
@@ -199,7 +199,8 @@ class Arm:
 class Study:
     """A study, resolved: `runs` are trained, `base_runs` only evaluated; `base_arms` hold the latter.
 
-    `hardware` are its GPUs as the file names them, none of them for the CPU; None leaves it to config.yaml.
+    `hardware` are its GPUs as the file names them, none of them for the CPU; None leaves it to config.yaml. `sources`
+    are the files that it was read from, with their SHA-256.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Study:
     base_runs: tuple[Run, ...]
     hardware: tuple[str | Mapping[str, Any], ...] | None = None
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     _by_id: Mapping[str, Run] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -248,6 +250,7 @@ def load_study(path: Path, project: Path) -> Study:
     """
     place = display_path(path, project)
     mapping, lines = read_yaml(project / path, place)
+    sources = {place: file_hash(project / path)}
     findings = Findings(place, lines)
     file = check_mapping(STUDY_KEYS, mapping, "", findings)
     base = _base(file, project, findings)
@@ -258,6 +261,8 @@ def load_study(path: Path, project: Path) -> Study:
     _check_keys_once(factors, tune, seeds, findings)
     _check_accumulation(file, factors + tune, findings)
     findings.stop()
+    if file.get("recipe"):
+        sources[file["recipe"]] = file_hash(project / file["recipe"])
 
     combinations = _combinations(file, factors, findings)
     tune = _levels_in_arms(file, tune, factors, combinations, findings)
@@ -289,6 +294,7 @@ def load_study(path: Path, project: Path) -> Study:
         base_runs=base_runs,
         hardware=hardware,
         notes=tuple(dict.fromkeys(findings.notes)),
+        sources=sources,
         _by_id={run.id: run for run in (*base_runs, *runs)},
     )
 

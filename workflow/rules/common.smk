@@ -313,7 +313,7 @@ def most_runs():
 def begin_packs(study):
     """Say which runs the packs have to train, before the first job starts."""
     scratch = Path(config["scratch"])
-    pack_jobs.begin(workflow.dag, scratch)
+    pack_jobs.begin(workflow.dag, scratch, planned_pack)
     staging.tidy(scratch, study, {run.id for run in study_of(study).runs})
     if workflow.non_local_exec:  # a login node is no place to train what is not staged
         shell.prefix(f"{PREFIX}export FINEGRID_ONLY_PLACES=1; ")
@@ -370,9 +370,10 @@ def is_packed(stage, wildcards):
     return run in packs_of(study) and (stage, study, run) not in pack_jobs.by_themselves
 
 
-def pack_runs(wildcards):
+@functools.cache
+def runs_of_pack(study, pack):
     try:
-        return packs.pack_of_name(study_of(wildcards.study), wildcards.pack).runs
+        return packs.pack_of_name(study_of(study), pack).runs
     except UserError as error:
         raise WorkflowError(str(error))
 
@@ -380,22 +381,22 @@ def pack_runs(wildcards):
 @functools.cache
 def training_of_pack(study, pack):
     """What the training of a pack asks for, see finegrid.plan.pack_needs."""
-    return pack_needs(plan_of(study), packs.pack_of_name(study_of(study), pack).runs)
+    return pack_needs(plan_of(study), runs_of_pack(study, pack))
 
 
 @functools.cache
 def evaluation_of_pack(study, pack):
     """What the scoring of a pack asks for, see finegrid.plan.evaluation_pack_needs."""
-    runs = packs.pack_of_name(study_of(study), pack).runs
+    runs = runs_of_pack(study, pack)
     return evaluation_pack_needs(plan_of(study), runs, evaluations_without_gpu(study))
 
 
 def pack_tokens(wildcards):
-    return token_files(pack_runs(wildcards)[0], *SPLITS)
+    return token_files(runs_of_pack(wildcards.study, wildcards.pack)[0], *SPLITS)
 
 
 def pack_rows(wildcards):
-    run = pack_runs(wildcards)[0]
+    run = runs_of_pack(wildcards.study, wildcards.pack)[0]
     references = [
         f"{layout.clean_folder(run)}/{split}.jsonl" for split in ("validation", "test")
     ]
@@ -403,13 +404,13 @@ def pack_rows(wildcards):
 
 
 def pack_manifest(wildcards):
-    return manifest(pack_runs(wildcards)[0])
+    return manifest(runs_of_pack(wildcards.study, wildcards.pack)[0])
 
 
 def pack_training_memory(wildcards, attempt):
     """Megabytes: the base once, and what belongs to each run."""
     needed = training_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
-    if scores_too(wildcards):
+    if scores_too(wildcards.study, wildcards.pack):
         scoring = evaluation_of_pack(wildcards.study, wildcards.pack)["mem_mb"]
         needed = max(needed, scoring)
     return int(needed * (1 + (attempt - 1) / 2))
@@ -418,26 +419,26 @@ def pack_training_memory(wildcards, attempt):
 def pack_training_minutes(wildcards, attempt):
     needs = training_of_pack(wildcards.study, wildcards.pack)
     minutes = needs.get("runtime", 1440)
-    if scores_too(wildcards):
+    if scores_too(wildcards.study, wildcards.pack):
         minutes += pack_evaluation_minutes(wildcards, 1)
     return minutes * attempt
 
 
-def pack_together(wildcards):
-    """How many runs of a pack make their steps together."""
-    return training_of_pack(wildcards.study, wildcards.pack)["together"]
+def planned_pack(stage, study, pack):
+    """What a pack is told beside its runs: of a training how many of them make their steps together, and of both the
+    rows of all runs in one batch of answers; None where the scores are a job of their own.
+    """
+    scoring = evaluation_of_pack(study, pack)
+    if stage == "evaluate":
+        return {"rows": scoring["rows"]}
+    return {
+        "together": training_of_pack(study, pack)["together"],
+        "rows": scoring["rows"] if scores_too(study, pack) else None,
+    }
 
 
-def pack_scoring(wildcards):
-    """The option by which the training of a pack scores its runs too; nothing if that is a job of its own."""
-    if not scores_too(wildcards):
-        return ""
-    return f"--score {pack_answers(wildcards)}"
-
-
-def scores_too(wildcards):
+def scores_too(study, pack):
     """Whether the training of a pack scores its runs, see finegrid.plan.scores_with_training."""
-    study, pack = wildcards.study, wildcards.pack
     return scores_with_training(
         training_of_pack(study, pack), evaluation_of_pack(study, pack)
     )
@@ -456,11 +457,6 @@ def pack_evaluation_memory(wildcards, attempt):
 def pack_evaluation_minutes(wildcards, attempt):
     needs = evaluation_of_pack(wildcards.study, wildcards.pack)
     return needs.get("runtime", 1440) * attempt
-
-
-def pack_answers(wildcards):
-    """Rows of all runs of a pack in one batch of answers."""
-    return evaluation_of_pack(wildcards.study, wildcards.pack)["rows"]
 
 
 def pack_evaluation_gpus(wildcards):

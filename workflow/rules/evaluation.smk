@@ -20,12 +20,10 @@ rule evaluate_pack:
         mem_mb=pack_evaluation_memory,
         gpu=pack_evaluation_gpus,
         runtime=pack_evaluation_minutes,
-    params:
-        rows=pack_answers,
     message:
         "Score pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "env $KEEPS_MEMORY finegrid evaluate-pack {wildcards.study} {wildcards.pack} --gpus {resources.gpu} --rows {params.rows}"
+        "env $KEEPS_MEMORY finegrid evaluate-pack {wildcards.study} {wildcards.pack} --gpus {resources.gpu}"
         " --log {log}"
 
 

@@ -47,14 +47,10 @@ rule train_pack:
         mem_mb=pack_training_memory,
         gpu=pack_training_gpus,
         runtime=pack_training_minutes,
-    params:
-        together=pack_together,
-        scoring=pack_scoring,
     message:
         "Train pack {wildcards.pack} of study {wildcards.study}."
     shell:
-        "env $KEEPS_MEMORY finegrid train-pack {wildcards.study} {wildcards.pack} --together {params.together}"
-        " {params.scoring} --log {log}"
+        "env $KEEPS_MEMORY finegrid train-pack {wildcards.study} {wildcards.pack} --log {log}"
 
 
 rule train_adapter:
