@@ -170,16 +170,20 @@ def callback():
 
 
 def trained(trainer: Any) -> dict[str, Any]:
-    import resource
-
     clock = callback()
     trainer.add_callback(clock)
     trainer.train()
     return {
         "seconds": clock.seconds(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory_mb": most_resident(),
     }
+
+
+def most_resident() -> float:
+    """Return the most MiB that this process had resident; `ru_maxrss` begins with what its parent had."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def plain_trainer(model: str, method: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:

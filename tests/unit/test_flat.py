@@ -144,6 +144,25 @@ def test_a_row_ends_where_its_last_label_is_predicted():
     assert (batch["tokens"], batch["lengths"]) == (10, [5, 3, 2])
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_batch_is_filled_up_behind_its_last_row(shares):
+    rows = with_system_message(random_rows(5), 9)
+    plain, filled = (Collator(1, flat=True, shares=shares, cuts=True, multiple=size)(rows) for size in (1, 32))
+    size = plain["input_ids"].shape[1]
+    assert size % 32
+    assert filled["input_ids"].shape == filled["position_ids"].shape == (1, size + -size % 32)
+    assert filled["input_ids"][0, size:].unique().tolist() == [1]
+    for key in ("input_ids", "position_ids"):
+        assert torch.equal(filled[key][:, :size], plain[key])
+    assert filled["position_ids"].max() == max(len(row["input_ids"]) for row in rows) - 1  # where there are no others
+    assert len(filled["cells"].unique()) == filled["starts"][-1] == size + -size % 32
+    for key in ("positions", "targets"):
+        assert torch.equal(filled[key], plain[key])
+    for key in ("ids", "lengths", "tokens", "shared"):
+        assert filled[key] == plain[key]
+    assert torch.equal(filled["starts"][:-1], plain["starts"][:-1])
+
+
 def test_a_first_row_without_labels_keeps_what_is_shared():
     first, *others = with_system_message(random_rows(3))
     rows = [first | {"labels": [-100] * len(first["labels"])}, *others]
@@ -173,7 +192,7 @@ def attention(request, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("lengths", ["mixed", "equal", "with a system message"])
+@pytest.mark.parametrize("lengths", ["mixed", "equal", "with a system message", "filled"])
 def test_loss_and_gradients_are_those_of_padded_rows(name, lengths, attention):
     dtype = torch.float32 if name == "mixtral" else torch.float64  # torch's grouped products know no doubles
     padded, flat = model_of(name).to(dtype), model_of(name).to(dtype)
@@ -186,7 +205,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(name, lengths, attention):
     if lengths == "equal":
         rows = [row | {key: row[key][:6] for key in ("input_ids", "labels")} for row in random_rows(30)][:6]
         rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows if len(row["input_ids"]) == 6]
-    losses = [loss_of(padded, Collator()(rows)), loss_of(flat, Collator(flat=True, shares=True, cuts=True)(rows))]
+    collate = Collator(flat=True, shares=True, cuts=True, multiple=64 if lengths == "filled" else 1)
+    losses = [loss_of(padded, Collator()(rows)), loss_of(flat, collate(rows))]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)  # the losses are of float32 logits
     for loss in losses:
         loss.backward()
@@ -255,6 +275,31 @@ def test_a_training_without_padding_has_the_padded_ones_losses(tmp_path, checkpo
     assert notes == []
     assert len(flat) == 15
     torch.testing.assert_close(torch.tensor(flat), torch.tensor(padded), rtol=1e-5, atol=0)
+
+
+def test_16_bits_on_a_cpu_are_computed_in_few_sizes(tmp_path):
+    """The curve is the padded Trainer's up to bf16's rounding, and what is computed has multiples of 32 rows."""
+    sizes = set()
+
+    def watch(module, inputs):
+        if inputs[0].device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            sizes.add(inputs[0].flatten(0, -2).shape[0])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: watch(module, inputs) if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        flat, notes = curve(tmp_path / "flat", True, bf16=True)
+    finally:
+        hook.remove()
+    padded, _ = curve(tmp_path / "padded", False, bf16=True)
+    assert notes == []
+    assert sizes
+    assert all(size % 32 == 0 for size in sizes)
+    assert [row[1:] for row in flat] == [row[1:] for row in padded]  # label tokens and tokens
+    torch.testing.assert_close([row[0] for row in flat], [row[0] for row in padded], rtol=2e-3, atol=0)
+    exact, _ = curve(tmp_path / "exact", True)
+    torch.testing.assert_close([row[0] for row in flat], [row[0] for row in exact], rtol=2e-3, atol=0)
 
 
 DRAWING = {

@@ -50,6 +50,9 @@ def test_parts_in_bf16_are_those_of_autocast(monkeypatch):
     found = states.loss()
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients(states, found), gradients(states, whole), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        each = functional.cross_entropy(logits.float(), states.targets, reduction="none")
+        torch.testing.assert_close(states.losses(), each, rtol=1e-6, atol=0)
 
 
 def test_losses_of_each_target_sum_to_the_loss(monkeypatch):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 IGNORED = -100
+# On a CPU oneDNN makes its kernels of 16 bits anew for each number of rows, which takes longer than small products do.
+ROWS_OF_A_KERNEL = 32
 WORTH_SHARING = 8  # tokens; fewer are not worth the copies that put rows together for attention
 
 
@@ -40,12 +42,15 @@ class Collator:
             once. What they make of themselves hangs on nothing behind them, so it is the same in all rows, as long as
             nothing is drawn for them (dropout).
         cuts: whether a row in a flat batch ends where its last label is predicted: no loss hangs on what is behind.
+        multiple: a flat batch's tokens are made a multiple of it, with padding behind the last row's labels; see
+            :data:`ROWS_OF_A_KERNEL`.
     """
 
     pad_token_id: int = 0
     flat: bool = False
     shares: bool = False
     cuts: bool = False
+    multiple: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self._flat(rows) if self.flat else self._padded(rows)
@@ -72,18 +77,22 @@ class Collator:
         ends = [max(_last_label(row), shared + 1) if self.cuts else None for row in rows]
         parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
         own = [row["input_ids"][part] for row, part in zip(rows, parts, strict=True)]
+        filling = -sum(map(len, own)) % self.multiple
+        own[-1] = [*own[-1], *[self.pad_token_id] * filling]
         input_ids = torch.tensor([token for row in own for token in row])
         following = torch.tensor(
             [each for row, part in zip(rows, parts, strict=True) for each in _following(row)[part]]
+            + [IGNORED] * filling
         )
         lengths = torch.tensor([len(row) for row in own])
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         longest = max(part.start + len(row) for part, row in zip(parts, own, strict=True))
         column = torch.arange(len(input_ids)) - (starts[:-1] - torch.tensor(begins)).repeat_interleave(lengths)
         positions = torch.nonzero(following != IGNORED).flatten()
+        last = max(len(row["input_ids"]) for row in rows) - 1  # a model need not have a position for padding
         return {
             "input_ids": input_ids[None],
-            "position_ids": column[None],
+            "position_ids": column.clamp(max=last)[None],
             "positions": positions,
             "targets": following[positions],
             "cells": column + (torch.arange(len(rows)) * longest).repeat_interleave(lengths),

@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import LinearCrossEntropyOptions, functional
 from torch.utils.checkpoint import checkpoint
 
-from finegrid.training.flat import layout_of
+from finegrid.training.collation import IGNORED, ROWS_OF_A_KERNEL
+from finegrid.training.flat import has_16_bits_on_cpu, layout_of
 from finegrid.training.sizes import rows_of_logits
 
 
@@ -92,14 +93,16 @@ class LabelStates:
         return torch.stack(again).sum()
 
     def _loss(self, states: torch.Tensor, targets: torch.Tensor, reduction="sum", label_smoothing=0.0) -> torch.Tensor:
-        if self._head is None:
-            logits = states
-        else:
+        count, logits = len(states), states
+        if self._head is not None:
             with torch.autocast(states.device.type, self.half, enabled=self.half is not None):
+                states = _filled(states)
                 logits = self._head(states)
-        return functional.cross_entropy(
+        targets = functional.pad(targets, (0, len(states) - count), value=IGNORED)
+        losses = functional.cross_entropy(
             _at_least_float32(logits), targets, reduction=reduction, label_smoothing=label_smoothing
         )
+        return losses[:count] if reduction == "none" else losses
 
     def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from zip(self.states.split(self._rows()), self.targets.split(self._rows()), strict=True)
@@ -179,15 +182,21 @@ def _narrowed(
 
     def narrow(module: nn.Module, inputs: tuple) -> tuple:
         shapes.append(inputs[0].shape)
-        return (at_labels(inputs[0])[None], *inputs[1:])
+        return (_filled(at_labels(inputs[0]))[None], *inputs[1:])
 
     def widen(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         rows, length, _ = shapes.pop()
         places = positions + (positions // columns + 1) * (length - columns)
-        wide = output.new_zeros(rows * length, output.shape[-1]).index_copy(0, places, output[0])
+        wide = output.new_zeros(rows * length, output.shape[-1]).index_copy(0, places, output[0, : len(places)])
         return wide.unflatten(0, (rows, length))
 
     return [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
+
+
+def _filled(states: torch.Tensor) -> torch.Tensor:
+    """Return (N, width) with rows of zeros behind, see :data:`finegrid.training.collation.ROWS_OF_A_KERNEL`."""
+    rows = -len(states) % ROWS_OF_A_KERNEL if has_16_bits_on_cpu(states) else 0
+    return functional.pad(states, (0, 0, 0, rows)) if rows else states
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

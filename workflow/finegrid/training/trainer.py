@@ -36,7 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finegrid.files import whole
 from finegrid.training.adapters import adapted_layers, why_not_plain
-from finegrid.training.collation import Collator, first_rows
+from finegrid.training.collation import ROWS_OF_A_KERNEL, Collator, first_rows
 from finegrid.training.flat import draws, make_flat
 from finegrid.training.guards import check_evaluation, check_step
 from finegrid.training.history import peak_memory_mb
@@ -175,6 +175,8 @@ class LabelTokenTrainer(Trainer):
             all_count = getattr(self.model.config, "output_router_logits", False)
             self.data_collator.flat, self.data_collator.cuts = note is None, not all_count
             self.data_collator.shares = shares and not (all_count or self._draws())
+            if not all_count and self.args.device.type == "cpu" and self.accelerator.mixed_precision != "no":
+                self.data_collator.multiple = ROWS_OF_A_KERNEL
             self._shares_validated = shares
             if note:
                 self.notes.append(note)
