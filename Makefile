@@ -32,7 +32,7 @@ restore: .venv/base.done
 	@finegrid restore $(STUDY) $(if $(RUN),--run $(RUN))
 
 test: .venv/demo.done .venv/test.done
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.done
 	ruff check .

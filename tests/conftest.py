@@ -18,6 +18,25 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parents[1]
+# Files that take minutes, the longest first. They come after all the others, and in this order no worker is left with a
+# long one when the other has nothing more to do; pytest-xdist by itself begins with those that have most tests.
+LONG = (
+    "test_shipped_studies.py",
+    "test_slurm.py",
+    "test_launch.py",
+    "test_versions_travel.py",
+    "test_orphans.py",
+    "test_faults.py",
+    "test_stopping.py",
+    "test_reruns.py",
+    "test_packed_runs.py",
+    "test_orphan_jobs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run short files first, long ones last."""
+    items.sort(key=lambda item: LONG.index(item.path.name) + 1 if item.path.name in LONG else 0)
 
 
 @pytest.fixture(scope="session")
