@@ -363,6 +363,17 @@ def test_an_architecture_that_needs_padding_is_told_and_stays_as_it_was(name, re
     assert torch.equal(loss_of(model, batch), loss_of(before, batch))
 
 
+@pytest.mark.parametrize("trouble", ["an error", "other logits"])
+def test_a_model_that_takes_rows_end_to_end_and_no_shared_tokens_is_flat_without_these(trouble, monkeypatch):
+    def rows_of(states, lengths, shared):
+        if shared and trouble == "an error":
+            raise RuntimeError("no")
+        return [row * 2 if shared else row for row in _rows(states, lengths, shared)]
+
+    monkeypatch.setattr("finegrid.training.flat._rows", rows_of)
+    assert made_flat(model_of("llama")) == (False, None)
+
+
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens_need_padding(kind):
     model = get_peft_model(make(), kind(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
