@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from finegrid.errors import UserError
-from finegrid.memory import evaluation_memory, shape_of, trainable_parameters, training_memory
+from finegrid.memory import (
+    ALLOCATOR,
+    allocator,
+    evaluation_memory,
+    shape_of,
+    trainable_parameters,
+    training_memory,
+)
 from finegrid.settings import RunSettings, resolve
 from finegrid.shapes import model_shapes
 from live_memory import LiveMemory
@@ -378,3 +386,21 @@ def test_a_thousand_runs_are_priced_in_under_a_second():
     for number in range(1000):
         training_memory(settings[number % 21], shape, rows=1 + number % 8, length=512, labels=99, device="cuda")
     assert time.process_time() - start < 1
+
+
+def test_settings_of_the_allocator_leave_the_users_own():
+    assert allocator({}) == ALLOCATOR
+    own = {"MALLOC_TOP_PAD_": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "HOME": "/"}
+    found = allocator(own)
+    assert "MALLOC_TOP_PAD_" not in found
+    assert found["MALLOC_MMAP_MAX_"] == "0"
+    assert "glibc.malloc.hugetlb: 0x0 " in tunables(own | found)
+    assert "glibc.malloc.hugetlb: 0x1 " in tunables(allocator({}))
+
+
+def tunables(environment: dict[str, str]) -> str:
+    """Return what glibc understands of an environment."""
+    loader = next(Path("/lib64").glob("ld-linux*"), None)
+    if loader is None:
+        pytest.skip("finds glibc's loader under /lib64")
+    return subprocess.run([loader, "--list-tunables"], env=environment, capture_output=True, text=True).stdout

@@ -65,6 +65,14 @@ CUDA_FRAGMENTATION = 0.05
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def allocator(own: Mapping[str, str]) -> dict[str, str]:
+    """Return :data:`ALLOCATOR` for a process with an environment of its own, whose settings hold."""
+    found = {name: value for name, value in ALLOCATOR.items() if name not in own}
+    if own.get("GLIBC_TUNABLES"):  # the last of two of a name holds
+        found["GLIBC_TUNABLES"] = f"{ALLOCATOR['GLIBC_TUNABLES']}:{own['GLIBC_TUNABLES']}"
+    return found
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU, or of the process on the CPU.

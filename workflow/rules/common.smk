@@ -4,6 +4,7 @@ import functools
 import gc
 import inspect
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from finegrid.errors import UserError
 from finegrid.figures import PLAN_FIGURES, fitting
 from finegrid.fingerprint import code_fingerprint, file_hash
 from finegrid.gpus import detected
-from finegrid.memory import ALLOCATOR
+from finegrid.memory import allocator
 from finegrid.plan import (
     Context,
     cluster_gpus,
@@ -57,7 +58,7 @@ atexit.register(gc.freeze)
 shell.prefix(
     f"export FINEGRID_STUDY={shlex.quote(config['study'])} FINEGRID_SCRATCH={shlex.quote(config['scratch'])} "
     f"FINEGRID_GPUS={shlex.quote(json.dumps(config['gpus']))} "
-    f"KEEPS_MEMORY={shlex.quote(' '.join(f'{name}={value}' for name, value in ALLOCATOR.items()))}; "
+    f"KEEPS_MEMORY={shlex.quote(' '.join(f'{name}={value}' for name, value in allocator(os.environ).items()))}; "
 )
 
 
