@@ -2,8 +2,8 @@
 
     python tests/benchmarks/packed.py [--steps 200] [--rates 2e-4 1e-2] [--batch 2]
 
-LoRA runs of SmolLM2-135M in fp32 on short rows of InsuranceQA, one thread; the second rate is so high that the loss
-rises before it falls. Each run is trained alone, which is the oracle; after the others in one process, as packs
+LoRA runs of SmolLM2-135M in fp32 on short rows of InsuranceQA, one thread; with the last rate the loss doubles and
+doesn't come back. Each run is trained alone, which is the oracle; after the others in one process, as packs
 do on a CPU; and in one step with the others, as they do on a GPU. Printed is by how much losses differ at most from the
 oracle's, over all steps and over the last ten, and whether the adapters have the same bytes.
 """

@@ -170,20 +170,16 @@ def callback():
 
 
 def trained(trainer: Any) -> dict[str, Any]:
+    from finegrid.training.history import peak_memory_mb  # not `ru_maxrss`, which begins with what the parent had
+
     clock = callback()
     trainer.add_callback(clock)
     trainer.train()
     return {
         "seconds": clock.seconds(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "memory_mb": most_resident(),
+        "memory_mb": peak_memory_mb(trainer.args.device),
     }
-
-
-def most_resident() -> float:
-    """Return the most MiB that this process had resident; `ru_maxrss` begins with what its parent had."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def plain_trainer(model: str, method: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -228,19 +228,23 @@ def test_a_pack_that_can_not_score_has_still_trained(copy, monkeypatch):
     (pack,) = packs_here(study, 1)
     needed = {"train": {pack.name: {"runs": []}}, "evaluate": {pack.name: {"runs": [study.runs[0].id]}}}
     Path("scratch/tiny/needed.json").write_text(json.dumps(needed))
-    asked: list[list[str]] = []
+    asked: list[tuple[list[str], int]] = []
 
-    def no_room(study, runs, *rest):
-        asked.append([run.id for run in runs])
+    def no_room(study, runs, scratch, rows, *rest):
+        asked.append(([run.id for run in runs], rows))
         raise MemoryError("no room")
 
     monkeypatch.setattr(packing, "_score", no_room)
     said: list[str] = []
     packing.train_pack(study, pack.name, Path("scratch"), said.append, rows=0)
-    assert asked == [[]]  # of those that it has trained: none, here
+    assert asked == [([], 0)]  # of those that it has trained: none, here
     assert said[-1] == "scores are left to a job of their own: MemoryError: no room"
     packing.train_pack(study, pack.name, Path("scratch"), said.append)
     assert len(asked) == 1
+    needed["train"][pack.name]["rows"] = 8  # as Snakemake says it
+    Path("scratch/tiny/needed.json").write_text(json.dumps(needed))
+    packing.train_pack(study, pack.name, Path("scratch"), said.append)
+    assert asked[1:] == [([], 8)]
 
 
 def test_nothing_stale_is_placed(copy, monkeypatch):
@@ -297,6 +301,23 @@ def test_a_run_is_placed_without_a_look_at_the_study_only_while_nothing_has_chan
     assert {name for name in before if before[name] != after[name]} == {"provenance.json"}
     assert not place.folder.exists()
     assert not placed(command)
+
+
+def test_what_an_interrupted_placing_has_left_is_no_run(copy, monkeypatch):
+    monkeypatch.chdir(copy.folder)
+    run = load_study(Path("config/studies/tiny.yaml"), copy.folder).runs[0]
+    place, identity = staged(run)
+    (place.folder / "weights").rename("moved")
+    assert not place.is_whole(identity)  # its pack trains it again
+    command = ["train", "tiny", run.id, "--log", "logs/half.log"]
+    assert not placed(command)
+    environment = os.environ | {"PYTHONPATH": "workflow", "FINEGRID_ONLY_PLACES": "1"}
+    call = [sys.executable, "-m", "finegrid.cli", *command]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "run snakemake again" in done.stderr
+    Path("moved").rename(place.folder / "weights")
+    assert placed(command)
 
 
 def test_a_run_that_failed_in_its_pack_is_left_to_the_command(copy, monkeypatch):

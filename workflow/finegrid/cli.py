@@ -315,11 +315,14 @@ def train_pack(
     study: StudyName,
     pack: PackName,
     together: Annotated[
-        int | None, typer.Option(help="How many runs make their steps together, on a GPU. Default: by the plan.")
+        int | None,
+        typer.Option(help="How many runs make their steps together, on a GPU. Default: what Snakemake says, or 1."),
     ] = None,
     score: Annotated[
         int | None,
-        typer.Option(help="Score them too if Snakemake needs that: see --rows of evaluate-pack. Default: by the plan."),
+        typer.Option(
+            help="Score them too if Snakemake needs that: see --rows of evaluate-pack. Default: if it says so."
+        ),
     ] = None,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
@@ -340,7 +343,9 @@ def evaluate_pack(
     gpus: Annotated[int, typer.Option(help="0: on the CPU, whatever GPUs there are.")] = 1,
     rows: Annotated[
         int | None,
-        typer.Option(help="Rows of all runs in one batch of answers at most; 0: run by run. Default: by the plan."),
+        typer.Option(
+            help="Rows of all runs in one batch of answers at most; 0: run by run. Default: what Snakemake says, or 0."
+        ),
     ] = None,
     log: Log = None,
     scratch: Scratch = Path("scratch"),
@@ -684,6 +689,8 @@ def _placed(study: Study, run: Run, scratch: Path, stage: str) -> bool:
     done = None
     if place.folder.is_dir():
         done = place.done(training_identity(run) if stage == "train" else evaluation_identity(study, run))
+    if done is not None and not place.has_all(done):
+        done = None
     if done is not None:
         print(place.log.read_text(encoding="utf-8"), end="", flush=True)
         raise_failure(done)

@@ -146,9 +146,13 @@ class Staging:
         return content if content.get("identity") == identity else None
 
     def is_whole(self, identity: Mapping[str, Any]) -> bool:
-        """Return whether artefacts of this identity lie here."""
+        """Return whether artefacts of this identity lie here, all of them."""
         done = self.done(identity)
-        return done is not None and "failed" not in done
+        return done is not None and "failed" not in done and self.has_all(done)
+
+    def has_all(self, done: Mapping[str, Any]) -> bool:
+        """Return whether all is here that is said to be; after a placing that was interrupted some of it is not."""
+        return all((self.folder / name).exists() for name in done.get("places", ()))
 
     def finish(
         self, identity: Mapping[str, Any], study: Study, inputs: Mapping[str, Path], places: Mapping[str, Path]
@@ -182,6 +186,7 @@ class Staging:
             and code_fingerprint(CODE[self.folder.name]) == identity["code"]
             and _hashes(files) == declared["files"]
             and _hashes(inputs) == identity["inputs"]
+            and self.has_all(content)
         )
         return content if same else None
 
