@@ -1,6 +1,6 @@
 """One training run: Finegrid against transformers' Trainer with dynamic padding, on the same rows and settings.
 
-    python tests/benchmarks/single_run.py [--models 1M 10M 135M] [--methods LoRA full QLoRA] [--computes fp32 bf16]
+    python tests/benchmarks/single_run.py [--models 1M 10M 135M] [--methods LoRA full QLoRA nf4] [--computes fp32 bf16]
                                           [--rows text drawn]
 
 Rows of mixed lengths (mean about 90 tokens, at most 256, four tokens in ten with a label), batch 4, one thread: `text`
@@ -33,7 +33,8 @@ FIRST = 2  # steps that warm up
 BATCH = 4
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-METHODS = {"LoRA": (ADAPTER, None), "full": (None, None), "QLoRA": (ADAPTER, NF4)}
+DOUBLE = NF4 | {"bnb_4bit_use_double_quant": True}  # as in the paper of QLoRA, and config/recipes/qlora.yaml
+METHODS = {"LoRA": (ADAPTER, None), "full": (None, None), "QLoRA": (ADAPTER, DOUBLE), "nf4": (ADAPTER, NF4)}
 STEPS = {"1M": 42, "10M": 22, "135M": 8}
 VOCABULARY = 8192
 
