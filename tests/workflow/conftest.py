@@ -101,17 +101,22 @@ def copy_project(project: Path, tiny_model: Path, folder: Path) -> None:
     shutil.copytree(tiny_model, folder / "data/models/tiny")
 
 
+def write_tiny_study(folder: Path, rows: Path, study: str = STUDY, recipe: str = RECIPE) -> None:
+    """Write a study called tiny into a project, and a few of the demo's rows that it trains and is scored on."""
+    (folder / "data/raw/tiny").mkdir(parents=True)
+    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
+        lines = [json.dumps(row) + "\n" for row in raw_rows(rows, split, count)]
+        (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
+    (folder / "config/studies/tiny.yaml").write_text(study)
+    (folder / "config/recipes/tiny.yaml").write_text(recipe)
+
+
 @pytest.fixture(scope="session")
 def finished(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Checkout:
     """A copy of the project whose tiny study has been run to its report."""
     folder = tmp_path_factory.mktemp("checkout") / "project"
     copy_project(project, tiny_model_dir, folder)
-    (folder / "data/raw/tiny").mkdir(parents=True)
-    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
-        lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
-        (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
-    (folder / "config/studies/tiny.yaml").write_text(STUDY)
-    (folder / "config/recipes/tiny.yaml").write_text(RECIPE)
+    write_tiny_study(folder, insuranceqa_dir)
     checkout = Checkout(folder)
     checkout.snakemake()
     return checkout

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import RECIPE, Checkout, copy_project, raw_rows
+from conftest import RECIPE, Checkout, copy_project, write_tiny_study
 from finegrid.study import load_study
 
 pytestmark = pytest.mark.slow
@@ -126,12 +126,7 @@ def prepared(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> Orph
     """A project whose data are ready and whose runs were trained with nothing happening to them."""
     folder = tmp_path_factory.mktemp("calm") / "project"
     copy_project(project, tiny_model_dir, folder)
-    (folder / "data/raw/tiny").mkdir(parents=True)
-    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
-        lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
-        (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
-    (folder / "config/studies/tiny.yaml").write_text(STUDY)
-    (folder / "config/recipes/tiny.yaml").write_text(LONGER)
+    write_tiny_study(folder, insuranceqa_dir, STUDY, LONGER)
     calm = Orphaned(folder)
     calm.snakemake("--", *calm.targets)
     return calm

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import RECIPE, Checkout, copy_project, raw_rows
+from conftest import Checkout, copy_project, write_tiny_study
 from finegrid import packing
 from finegrid.errors import UserError
 from finegrid.packs import packs_here
@@ -68,12 +68,7 @@ def failed(project, tiny_model_dir, insuranceqa_dir, tmp_path_factory) -> tuple[
     """The study, run once, and what that printed."""
     folder = tmp_path_factory.mktemp("packs") / "project"
     copy_project(project, tiny_model_dir, folder)
-    (folder / "data/raw/tiny").mkdir(parents=True)
-    for split, count in {"train": 16, "validation": 8, "test": 8}.items():
-        lines = [json.dumps(row) + "\n" for row in raw_rows(insuranceqa_dir, split, count)]
-        (folder / f"data/raw/tiny/{split}.jsonl").write_text("".join(lines))
-    (folder / "config/studies/tiny.yaml").write_text(STUDY)
-    (folder / "config/recipes/tiny.yaml").write_text(RECIPE)
+    write_tiny_study(folder, insuranceqa_dir, STUDY)
     packed = Packed(folder)
     done = packed.one_core("--", *packed.metrics(packed.runs), check=False)
     return packed, done

@@ -184,6 +184,18 @@ def _environment(processes: int, folder: Path, on_cpu: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
+    """Let a thread work while the block runs, until the event says that the block has ended."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def _following(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Pass on the lines that the first worker writes, while the block runs."""
     lines = folder / "lines"
@@ -198,13 +210,8 @@ def _following(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 for line in file.read().splitlines():
                     say(line)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with _beside(follow, ended):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _raise_what_happened(folder: Path, failures: dict[int, int], processes: int) -> None:
@@ -291,13 +298,8 @@ def _listening(file: Path, stop: Stop) -> Iterator[None]:
                     os.kill(os.getpid(), getattr(signal, file.read_text(encoding="utf-8")))
                 return
 
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
+    with _beside(listen, ended):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _node() -> str:
