@@ -56,8 +56,7 @@ def compare(steps: int, rates: list[float], batch: int, ways: list[str]) -> None
     for way in ways:
         started, folder = time.perf_counter(), Path(way)
         if way == "padded":
-            padded = {"training": {"padding_free": False}}
-            alone({f"{rate:g}": settings(steps, rate, batch, padded) for rate in rates}, folder)
+            alone({f"{rate:g}": settings(steps, rate, batch, padding_free=False) for rate in rates}, folder)
         else:
             together(runs, folder, at_once=1 if way == "after" else len(runs))
         for name, expected in oracle.items():
@@ -72,11 +71,12 @@ def compare(steps: int, rates: list[float], batch: int, ways: list[str]) -> None
         print(f"{WAYS[way]}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def settings(steps: int, rate: float, batch: int, more: dict[str, Any] | None = None) -> Any:
+def settings(steps: int, rate: float, batch: int, padding_free: bool = True) -> Any:
     from finegrid.settings import load_recipe
 
     arguments = {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": batch}
-    return load_recipe(Path("config/recipes/grid.yaml"), Path.cwd(), {"training_args": arguments, **(more or {})})[0]
+    changes = {"training_args": arguments, "training.padding_free": padding_free}
+    return load_recipe(Path("config/recipes/grid.yaml"), Path.cwd(), changes)[0]
 
 
 def alone(runs: dict[str, Any], folder: Path) -> None:
