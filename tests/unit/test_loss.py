@@ -109,8 +109,80 @@ def test_the_head_computes_in_what_the_model_does():
     expected = label_states(model, Head(head.module), batch).loss()
     exact = label_states(model, head, batch)
     exact.half = None
-    assert found.item() == expected.item()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert found.item() != exact.loss().item()
+
+
+def test_after_the_head_autocast_is_as_before():
+    """For the model's own head, which is given no row, it is switched off."""
+    from finegrid.training.collation import Collator
+    from token_rows import random_rows
+    from transformers import LlamaConfig
+
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    head, _ = find_head(model)
+    casts, own = [], type(model).forward
+
+    def forward(self, *arguments, **keywords):
+        outputs = own(self, *arguments, **keywords)
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return outputs
+
+    model.forward = forward.__get__(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = label_states(model, head, Collator()(random_rows(5)))
+        assert torch.is_autocast_enabled("cpu")
+    assert casts == [True]
+    assert found.outputs["logits"].dtype == torch.float32  # of no row, and not cast for
+    assert not torch.is_autocast_enabled("cpu")
+    assert not head.module._forward_hooks
+
+
+@pytest.mark.parametrize("at_once", [2**27, 5 * WORDS], ids=["at once", "five rows"])
+@pytest.mark.parametrize(("trained", "bias"), [(False, False), (True, False), (True, True)])
+def test_in_16_bits_loss_and_gradients_are_those_of_the_rounded_numbers(at_once, trained, bias, monkeypatch):
+    monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", at_once)
+    states = states_of(torch.float32, trained, bias)
+    states.half = torch.bfloat16
+    rounded = [
+        each.detach().bfloat16().double().requires_grad_() for each in (states.states, *states._head.parameters())
+    ]
+    logits = functional.linear(*rounded)
+    logits = logits + (logits.detach().bfloat16().double() - logits.detach())  # the products are rounded, too
+    exact = functional.cross_entropy(logits, states.targets, reduction="sum")
+    found = states.loss()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0)
+    for one, other in zip(gradients(states, found), torch.autograd.grad(exact / 7, rounded), strict=False):
+        assert one.dtype == torch.float32
+        assert (one.double() - other).norm() < 2**-7 * other.norm()
+
+
+def test_the_largest_of_unlikely_targets_has_a_finite_loss():
+    states = states_of(torch.float32, False, False)
+    states.half = torch.bfloat16
+    with torch.no_grad():
+        states._head.weight *= 100
+    found = states.loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = states._head(states.states)
+    torch.testing.assert_close(found, functional.cross_entropy(logits.float(), states.targets, reduction="sum"))
+    assert found.isfinite()
+
+
+def test_the_copy_of_a_frozen_head_follows_its_weight():
+    states = states_of(torch.float32, False, False)
+    states.half = torch.bfloat16
+    first, kept = states.loss().item(), states._head.weight.in_half[1]
+    assert states.loss().item() == first
+    assert states._head.weight.in_half[1] is kept
+    with torch.no_grad():
+        states._head.weight.zero_()
+    assert states.loss().item() == pytest.approx(TARGETS * torch.tensor(float(WORDS)).log().item(), rel=1e-6)
+    trained = states_of(torch.float32, True, False)
+    trained.half = torch.bfloat16
+    trained.loss()
+    assert not hasattr(trained._head.weight, "in_half")
 
 
 def test_a_soft_cap_that_hardly_shows_is_not_overlooked():

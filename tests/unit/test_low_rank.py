@@ -162,15 +162,55 @@ def test_what_is_more_than_this_peft_does(config, change, count, monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("context", ["autocast", "disabled", "another dtype"])
+def far(found, exact):
+    """Return by what share of its size each number is away from the exact one."""
+    return {name: ((found[name].double() - value).norm() / value.norm()).item() for name, value in exact.items()}
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.4}], ids=["plain", "drops"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["from float32", "from bfloat16"])
+def test_autocast_is_as_near_to_exact_numbers_as_pefts(config, dtype, monkeypatch):
+    model = adapted(torch.float32, **config).train()
+    ours = written(model)
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(64, 12, generator=draw).to(dtype)
+    exact = numbers(copy.deepcopy(model), x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        pefts, as_peft = numbers(model, x), calls(monkeypatch)
+        found = numbers(ours, x)
+    assert not as_peft
+    assert {name: value.dtype for name, value in found.items()} == {name: each.dtype for name, each in pefts.items()}
+    assert found["output"].dtype == torch.bfloat16
+    for name, distance in far(pefts, exact).items():
+        assert far(found, exact)[name] < max(1.5 * distance, 2**-8), name
+
+
+def test_autocast_with_checkpoints_gives_the_same_numbers():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    ours = written(adapted(torch.float32))
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = numbers(copy.deepcopy(ours), x)
+        found = numbers(Checkpointed(ours), x)
+    assert [torch.equal(one, other) for one, other in zip(found.values(), expected.values(), strict=True)] == [True] * 6
+
+
+@pytest.mark.parametrize("context", ["disabled", "another dtype"])
 def test_where_the_call_asks_for_more_peft_does_it(context, monkeypatch):
     model = adapted(torch.float32)
     ours = written(model)
     x = torch.randn(5, 12, dtype=torch.float64 if context == "another dtype" else torch.float32)
     as_peft = calls(monkeypatch)
     with contextlib.ExitStack() as stack:
-        if context == "autocast":
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         if context == "disabled":
             stack.enter_context(model.disable_adapter())
             stack.enter_context(ours.disable_adapter())

@@ -238,6 +238,7 @@ class Numerics:
         parts: logits of a plain head are made for some label positions at a time.
         narrow: the last layer's MLP is run on label positions alone.
         fused: the loss of a plain head is torch's ``linear_cross_entropy``.
+        half_loss: it is :class:`finegrid.training.loss.HalfCrossEntropy`, which keeps its copy of a frozen matrix.
         evaluates: nothing gets a gradient.
     """
 
@@ -256,6 +257,7 @@ class Numerics:
     parts: bool = True
     narrow: bool = False
     fused: bool = False
+    half_loss: bool = False
     evaluates: bool = False
 
     @property
@@ -605,6 +607,10 @@ class _Program:
         matrix = self.parameter(width * shape.vocabulary, head_trained)
         if self.numerics.fused and not shape.logit_softcap:
             return self.fused_loss(h, matrix)
+        if self.numerics.half_loss:
+            matrix = matrix if matrix.needs_grad else self.parameter(width * shape.vocabulary, False, HALF)
+            if not self.numerics.evaluates:
+                return self.half_loss(h, matrix)
         logits = self.linear(h, shape.vocabulary, matrix)
         if self.numerics.parts and not shape.logit_softcap:
             logits.elements = Size(chunk=shape.vocabulary)
@@ -627,6 +633,16 @@ class _Program:
         for what the loss' own answers besides it might have got as gradients."""
         logits = Size(chunk=self.shape.vocabulary) * h.itemsize
         made = [Tensor(each.elements, each.itemsize, False) for each in (h, matrix) if each.needs_grad]
+        return self.tape.op([h, matrix], NOTHING, FLOAT, made, forward_scratch=logits)
+
+    def half_loss(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """As above; logits and softmax in 32 bits, then the gradient in 16 beside the latter, or a part's gradient of
+        the matrix."""
+        vocabulary = self.shape.vocabulary
+        logits = Size(chunk=vocabulary * 2 * FLOAT + self.shape.hidden * HALF)
+        made = [Tensor(each.elements, each.itemsize, False) for each in (h, matrix) if each.needs_grad]
+        if matrix.needs_grad:
+            logits += matrix.elements * HALF
         return self.tape.op([h, matrix], NOTHING, FLOAT, made, forward_scratch=logits)
 
 

@@ -81,7 +81,8 @@ class Memory:
     at any moment, is at most their sum.
 
     Attributes:
-        weights: the base model's, as stored; under ZeRO 3 this GPU's part and the layer that is gathered.
+        weights: the base model's, as stored, and a frozen head's copy where a CPU computes in 16 bits; under ZeRO 3
+            this GPU's part and the layer that is gathered.
         adapters: the adapter's weights.
         gradients: of the trained parameters, with the buckets of a distributed run.
         optimiser: states, 32-bit master weights, and the temporaries of its step.
@@ -150,7 +151,8 @@ def evaluation_memory(
         device: ``cpu`` or ``cuda``.
     """
     how = _way(settings, shape, device, rows > 1, None)
-    numerics = how.numerics(evaluates=True, autocast=False, flat=False, fused=False)  # losses one by one
+    # Losses one by one.
+    numerics = how.numerics(evaluates=True, autocast=False, flat=False, fused=False, half_loss=False)
     adapters, length = how.adapters[0][0], prompt + new_tokens
 
     def most(moments: Iterable[Size], columns: int, labels: int) -> float:
@@ -481,6 +483,7 @@ def _way(
             and settings.training.padding_free
             and not (shape.attention_softcap or arguments.get("activation_checkpointing")),
             fused=parts and stream == FLOAT and not (autocast or smoothing),
+            half_loss=parts and autocast and device == "cpu" and not (smoothing or shape.logit_softcap),
         ),
         adapters=adaptation.layers,
         tensors=adaptation.tensors,
@@ -691,6 +694,8 @@ def _build(
     if "paged" in optim and device == "cuda":
         # Unified memory: it goes to the host when the GPU is full, and torch's allocator does not count it.
         host, states = host + states, 0.0
+    loading = _loading(replace(way, weights=weights), device)
+    weights += _head_copy(way)
     way = replace(way, weights=weights, adapter_bytes=adapters)
     persistent = gradients if way.base.adds_gradients else 0.0
     moments = list(_step(way, checkpointing, share))
@@ -707,7 +712,7 @@ def _build(
         evaluation_rows=evaluation_rows,
         host=host,
         device=device,
-        loading=_loading(way, device),
+        loading=loading,
     )
 
 
@@ -784,8 +789,16 @@ def _autocast_copies(way: Way) -> float:
     """The 16-bit copies of trained 32-bit weights, which autocast keeps to the end of a forward pass."""
     if not way.base.autocast or (way.base.itemsize if way.full else way.base.adapter) == HALF:
         return 0
-    embedding = way.shape.vocabulary * way.shape.hidden if way.full and not way.shape.tied else 0
+    ends = (0 if way.shape.tied else 1) + (1 if way.base.half_loss else 0)
+    embedding = way.shape.vocabulary * way.shape.hidden * ends if way.full else 0
     return (sum(count * rows * columns for count, rows, columns in way.tensors) - embedding) * HALF
+
+
+def _head_copy(way: Way) -> float:
+    """The copy of a frozen head in 16 bits, see :class:`finegrid.training.loss.HalfCrossEntropy`."""
+    if not way.base.half_loss or way.ends_trained[1] or way.base.stream == HALF:
+        return 0
+    return way.shape.vocabulary * way.shape.hidden * HALF
 
 
 def _validation(way: Way) -> Iterable[Size]:

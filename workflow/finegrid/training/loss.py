@@ -3,16 +3,17 @@
 A causal language model of vocabulary V gives B * T * V logits, most of them for prompt and padding. Here a hook in
 front of the head keeps the N positions that predict a label, so head and cross-entropy cost N * V. Where nothing is
 done to the logits after the head, it isn't run at all: torch's ``linear_cross_entropy`` makes loss and gradient of its
-matrix, in parts if N * V is large (:mod:`finegrid.training.sizes`). After the last attention no position sees another
-one: the last layer's MLP, the largest part of a layer, is run on the N positions, too. Everything else of the model's
-own forward pass stays: wrappers (DDP, DeepSpeed, peft, autocast), and whatever the architecture does to its logits
-(Gemma's soft cap, Cohere's and Granite's scale).
+matrix, in parts if N * V is large (:mod:`finegrid.training.sizes`); under autocast on a CPU, where that one is slow,
+:class:`HalfCrossEntropy` does. After the last attention no position sees another one: the last layer's MLP, the largest
+part of a layer, is run on the N positions, too. Everything else of the model's own forward pass stays: wrappers (DDP,
+DeepSpeed, peft, autocast), and whatever the architecture does to its logits (Gemma's soft cap, Cohere's and Granite's
+scale).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,6 +87,9 @@ class LabelStates:
             return functional.linear_cross_entropy(
                 states, head.weight, self.targets, linear_bias=head.bias, reduction="sum", options=options
             )
+        if self._in_half_on_cpu() and not label_smoothing and len(states):
+            matrix = _half_of(head, self.half)[0]
+            return HalfCrossEntropy.apply(states, head.weight, head.bias, self.targets, matrix.detach(), self._rows())
         parts = list(self._parts())
         if len(parts) == 1:
             return self._loss(*parts[0], label_smoothing=label_smoothing)
@@ -94,9 +98,11 @@ class LabelStates:
 
     def _loss(self, states: torch.Tensor, targets: torch.Tensor, reduction="sum", label_smoothing=0.0) -> torch.Tensor:
         count, logits = len(states), states
-        if self._head is not None:
+        if self._in_half_on_cpu():
+            states = _filled_to_kernel(states.to(self.half))
+            logits = functional.linear(states, *_half_of(self._head, self.half))
+        elif self._head is not None:
             with torch.autocast(states.device.type, self.half, enabled=self.half is not None):
-                states = _filled(states)
                 logits = self._head(states)
         targets = functional.pad(targets, (0, len(states) - count), value=IGNORED)
         losses = functional.cross_entropy(
@@ -104,12 +110,90 @@ class LabelStates:
         )
         return losses[:count] if reduction == "none" else losses
 
+    def _in_half_on_cpu(self) -> bool:
+        return self._head is not None and self.half is not None and self.states.device.type == "cpu"
+
     def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from zip(self.states.split(self._rows()), self.targets.split(self._rows()), strict=True)
 
     def _rows(self) -> int:
         width = self.states.shape[1] if self._head is None else self._head.out_features
         return rows_of_logits(width, len(self.targets))
+
+
+class HalfCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of a head's products in 16 bits, as autocast makes them: softmax in float32.
+
+    Gradients are made with the loss, as ``linear_cross_entropy`` does, so that nothing as large as the logits is kept,
+    and the head's matrix is cast once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        matrix: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
+        """Return the loss of states (N, hidden) and targets (N,).
+
+        Args:
+            matrix: the weight (V, hidden) in 16 bits.
+            rows: how many have their logits made at a time.
+        """
+        half, offset = matrix.dtype, None if bias is None else bias.to(matrix.dtype)
+        made = [
+            torch.zeros_like(each) if needed else None
+            for each, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), rows):
+            own = slice(start, start + rows)
+            part, picked = _filled_to_kernel(states[own].to(half)), targets[own, None]
+            logits = functional.linear(part, matrix, offset).float()
+            shares = logits.softmax(-1)
+            count = len(picked)
+            # log(sum(exp(x))) is x - log(softmax(x)) of any x; of the largest one nothing underflows.
+            largest, at = logits[:count].max(-1, keepdim=True)
+            total += (largest - shares[:count].gather(1, at).log() - logits[:count].gather(1, picked)).sum()
+            del logits
+            shares[:count].scatter_add_(1, picked, shares.new_full((count, 1), -1))
+            shares[count:] = 0
+            gradient = shares.to(half)
+            del shares
+            to_states, to_weight, to_bias = made
+            if to_states is not None:
+                to_states[own] = (gradient @ matrix)[:count]
+            if to_weight is not None:
+                to_weight += gradient.t() @ part
+            if to_bias is not None:
+                to_bias += gradient.sum(0)
+        ctx.made = made
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        made = [None if each is None else each.mul_(gradient) for each in ctx.made]
+        ctx.made = None
+        return *made, None, None, None
+
+
+def _half_of(head: nn.Linear, half: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a head's weight and bias in 16 bits.
+
+    The copy of a frozen weight stays with it: memory as large as this takes a process longer to get than to fill.
+    """
+    weight, bias = head.weight, None if head.bias is None else head.bias.to(half)
+    if weight.requires_grad:
+        return weight.to(half), bias
+    of = (weight._version, weight.data_ptr(), half)
+    if getattr(weight, "in_half", (None, None))[0] != of:
+        weight.in_half = (of, weight.to(half))
+    return weight.in_half[1], bias
 
 
 def label_states(model: nn.Module, head: Head | None, batch: dict[str, Any]) -> LabelStates:
@@ -127,10 +211,15 @@ def label_states(model: nn.Module, head: Head | None, batch: dict[str, Any]) -> 
     def keep_states(hidden: torch.Tensor) -> torch.Tensor:
         kind = hidden.device.type  # some wrappers autocast the model's forward pass alone
         kept.append((hidden, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
-        return hidden[:0].detach()
+        stack.enter_context(torch.autocast(kind, enabled=False))  # it would cast the matrix, for no row
+        return hidden[:0].detach().to(head.module.weight.dtype)
 
-    with _head_given(head, batch, keep_states):
-        outputs = model(input_ids=batch["input_ids"], **layout_of(batch))
+    with contextlib.ExitStack() as stack, _head_given(head, batch, keep_states):
+        hook = head.module.register_forward_hook(lambda *_: stack.close())
+        try:
+            outputs = model(input_ids=batch["input_ids"], **layout_of(batch))
+        finally:
+            hook.remove()
     (states, half), *_ = kept
     return LabelStates(states, head.module, batch["targets"], outputs, half)
 
@@ -149,7 +238,7 @@ def label_logits(model: nn.Module, head: Head | None, batch: dict[str, Any]) -> 
     return _at_least_float32(logits), outputs
 
 
-@contextmanager
+@contextlib.contextmanager
 def _head_given(
     head: Head | None, batch: dict[str, Any], given: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
@@ -195,7 +284,11 @@ def _narrowed(
 
 def _filled(states: torch.Tensor) -> torch.Tensor:
     """Return (N, width) with rows of zeros behind, see :data:`finegrid.training.collation.ROWS_OF_A_KERNEL`."""
-    rows = -len(states) % ROWS_OF_A_KERNEL if has_16_bits_on_cpu(states) else 0
+    return _filled_to_kernel(states) if has_16_bits_on_cpu(states) else states
+
+
+def _filled_to_kernel(states: torch.Tensor) -> torch.Tensor:
+    rows = -len(states) % ROWS_OF_A_KERNEL
     return functional.pad(states, (0, 0, 0, rows)) if rows else states
 
 

@@ -5,9 +5,12 @@ them backward. Here the update is added to the base's product in place, and prod
 rank first (A x' rather than x A'): a CPU's matrix products of a few columns take two to four times as long as those of
 a few rows. The arithmetic is peft's up to rounding; adapters, their files and their configs are peft's own.
 
+Under autocast on a CPU everything here is in its type, as peft's products are; peft's layer casts its input once for
+the base and twice for the update, and rounds the update before it adds it.
+
 Used by training and where losses of rows are scored; what generates answers is peft's own. A layer of which more is
-asked than this (DoRA and other variants, several adapters at a time, autocast, weights kept elsewhere) does it as peft
-does.
+asked than this (DoRA and other variants, several adapters at a time, autocast on a GPU, weights kept elsewhere) does it
+as peft does.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ class WrittenOut:
 
     def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """Apply the layer to x of shape (..., in_features)."""
-        adapter = None if args or options else _adapter_of(self, x)
-        return super().forward(x, *args, **options) if adapter is None else _apply(self, x, adapter)
+        found = None if args or options else _adapter_of(self, x)
+        return super().forward(x, *args, **options) if found is None else _apply(self, x, *found)
 
 
 class LowRankLinear(WrittenOut, PeftLinear):
@@ -81,6 +84,7 @@ class _LowRank(torch.autograd.Function):
         up: torch.Tensor,
         scaling: float,
         base: nn.Module,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """Return the answer to x of shape (..., inputs).
 
@@ -88,44 +92,52 @@ class _LowRank(torch.autograd.Function):
             dropped: x after dropout, what the update is made of; None: x itself.
             down: A, (r, inputs).
             up: B, (outputs, r).
+            dtype: what is computed in, and the answer's.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        seen = rows if dropped is None else dropped.reshape(rows.shape)
-        low = (down @ seen.t()).mul_(scaling)  # (r, rows)
-        answer = functional.linear(rows, _weight(base, x.dtype), base.bias).addmm_(low.t(), up.t())
-        ctx.save_for_backward(seen, down, up, low)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        seen = rows if dropped is None else dropped.reshape(rows.shape).to(dtype)
+        a, b, weight = down.to(dtype), up.to(dtype), _weight(base, dtype)
+        low = (a @ seen.t()).mul_(scaling)  # (r, rows)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        answer = functional.linear(rows, weight, bias).addmm_(low.t(), b.t())
+        # A weight that was cast is kept, as autocast does; one that was decoded from 4 bits is decoded again.
+        keeps = type(base) is nn.Linear and ctx.needs_input_grad[0]
+        ctx.save_for_backward(seen, a, b, low, weight if keeps else None)
         ctx.scaling, ctx.base, ctx.shape, ctx.drops = scaling, base, x.shape, dropped is not None
+        ctx.types = x.dtype, down.dtype, up.dtype
         return answer.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        seen, down, up, low = ctx.saved_tensors
+        seen, a, b, low, weight = ctx.saved_tensors
+        of_x, of_down, of_up = ctx.types
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        to_low = (up.t() @ gradient.t()).mul_(ctx.scaling)  # (r, rows)
-        to_down, to_up = to_low @ seen, (low @ gradient).t()
+        to_low = (b.t() @ gradient.t()).mul_(ctx.scaling)  # (r, rows)
+        to_down, to_up = (to_low @ seen).to(of_down), (low @ gradient).t().to(of_up)
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
-            to_x = gradient @ _weight(ctx.base, gradient.dtype)
-            to_x = (to_x if ctx.drops else to_x.addmm_(to_low.t(), down)).view(ctx.shape)
+            to_x = gradient @ (_weight(ctx.base, gradient.dtype) if weight is None else weight)
+            to_x = (to_x if ctx.drops else to_x.addmm_(to_low.t(), a)).view(ctx.shape).to(of_x)
         if ctx.needs_input_grad[1]:
-            to_dropped = (to_low.t() @ down).view(ctx.shape)
-        return to_x, to_dropped, to_down, to_up, None, None
+            to_dropped = (to_low.t() @ a).view(ctx.shape).to(of_down)
+        return to_x, to_dropped, to_down, to_up, None, None, None
 
 
-def _apply(layer: LoraLayer, x: torch.Tensor, adapter: str) -> torch.Tensor:
+def _apply(layer: LoraLayer, x: torch.Tensor, adapter: str, dtype: torch.dtype) -> torch.Tensor:
     dropout = layer.lora_dropout[adapter]
-    dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0.0) else None
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return _LowRank.apply(x, dropped, down, up, layer.scaling[adapter], layer.base_layer)
+    # In the adapter's type, as peft drops: what is drawn hangs on it.
+    dropped = dropout(x.to(down.dtype)) if dropout.training and getattr(dropout, "p", 0.0) else None
+    return _LowRank.apply(x, dropped, down, up, layer.scaling[adapter], layer.base_layer, dtype)
 
 
-def _adapter_of(layer: LoraLayer, x: torch.Tensor) -> str | None:
-    """Return the adapter that the layer's answer to x has, if that is all there is to it."""
+def _adapter_of(layer: LoraLayer, x: torch.Tensor) -> tuple[str, torch.dtype] | None:
+    """Return the adapter that the layer's answer to x has, if that is all there is to it, and what it computes in."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     (adapter,) = layer.active_adapters
-    if adapter not in layer.lora_A or adapter in layer.lora_variant or torch.is_autocast_enabled(x.device.type):
+    if adapter not in layer.lora_A or adapter in layer.lora_variant:
         return None
     down, up, base = layer.lora_A[adapter], layer.lora_B[adapter], layer.base_layer
     parts = (base, down, up, layer.lora_dropout[adapter])
@@ -134,16 +146,22 @@ def _adapter_of(layer: LoraLayer, x: torch.Tensor) -> str | None:
     weights = (base.weight, base.bias)
     if down.bias is not None or up.bias is not None or any(w is not None and w.requires_grad for w in weights):
         return None
-    return adapter if _computes_in(base, x) == x.dtype == down.weight.dtype == up.weight.dtype else None
+    dtype = _computes_in(base, x, (down.weight.dtype, up.weight.dtype))
+    return None if dtype is None else (adapter, dtype)
 
 
-def _computes_in(base: nn.Module, x: torch.Tensor) -> torch.dtype | None:
-    if type(base) is nn.Linear:
-        return base.weight.dtype
-    exact = hasattr(base, "dequantised_weight") and x.device.type == "cpu"
-    return (base.compute_dtype or x.dtype) if exact else None
+def _computes_in(base: nn.Module, x: torch.Tensor, adapters: tuple[torch.dtype, ...]) -> torch.dtype | None:
+    """Return the type of the layer's products, if it is one for all of them."""
+    plain, on_cpu = type(base) is nn.Linear, x.device.type == "cpu"
+    if not (plain or (on_cpu and hasattr(base, "dequantised_weight"))):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        # Of 64 bits autocast casts nothing.
+        return torch.get_autocast_dtype("cpu") if on_cpu and x.dtype.itemsize <= 4 else None
+    dtype = base.weight.dtype if plain else base.compute_dtype or x.dtype
+    return dtype if all(dtype == other for other in (x.dtype, *adapters)) else None
 
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the base's weight (outputs, inputs), de-quantised where it is 4 bits."""
-    return base.weight if type(base) is nn.Linear else base.dequantised_weight(dtype)
+    """Return the base's weight (outputs, inputs) in a type, de-quantised where it is 4 bits."""
+    return base.weight.to(dtype) if type(base) is nn.Linear else base.dequantised_weight(dtype)
