@@ -84,6 +84,7 @@ training_args:
   eval_strategy: "no"
   save_strategy: "no"
   use_cpu: true
+  bf16: false
 peft_config: {{peft_type: LORA, r: 8, lora_alpha: 16, lora_dropout: 0.0, target_modules: all-linear}}
 evaluation: {{batch_size: 8, generate: false}}
 """

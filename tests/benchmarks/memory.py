@@ -95,7 +95,8 @@ def environment(allocator: str = "default") -> dict[str, str]:
 
 def recipe(model: str, method: str, checkpointing: bool) -> RunSettings:
     rows = BATCHES[model][0]
-    arguments = {"max_steps": STEPS, "per_device_train_batch_size": rows, "learning_rate": 1e-4, "use_cpu": True}
+    arguments = {"max_steps": STEPS, "per_device_train_batch_size": rows, "learning_rate": 1e-4}
+    arguments |= {"use_cpu": True, "bf16": False}
     arguments |= {"activation_checkpointing": checkpointing, "save_strategy": "no"}
     mapping = {
         "model": {"model_name_or_path": layout.DEMO_MODEL},

@@ -74,7 +74,7 @@ def compare(steps: int, rates: list[float], batch: int, ways: list[str]) -> None
 def settings(steps: int, rate: float, batch: int, padding_free: bool = True) -> Any:
     from finegrid.settings import load_recipe
 
-    arguments = {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": batch}
+    arguments = {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": batch, "bf16": False}
     changes = {"training_args": arguments, "training.padding_free": padding_free}
     return load_recipe(Path("config/recipes/grid.yaml"), Path.cwd(), changes)[0]
 

@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+from finegrid import precision
 from finegrid.forecast import (
     Forecast,
     Throughputs,
@@ -36,6 +37,11 @@ TINY = {
     "tie_word_embeddings": False,
 }
 ROWS, LENGTH, LABELS = 3, 96, 41
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_that_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)  # as the demo was measured
 
 
 def settings(peft=None, quantization=None, dtype="float32", gpus=1, name="no/model", limits=(512, 512), **arguments):
@@ -225,6 +231,12 @@ def test_only_runs_of_the_same_kind_count(tmp_path):
     finish(tmp_path, "lora", name="gpu", device="NVIDIA A100-SXM4-80GB")
     finish(tmp_path, "lora", name="bf16", compute_dtype="bfloat16")
     assert "FLOPs" in demo("lora", Throughputs.read(tmp_path))[0].source
+
+
+def test_runs_in_bf16_count_where_the_cpu_will_compute_in_it(tmp_path, monkeypatch):
+    finish(tmp_path, "lora", name="bf16", compute_dtype="bfloat16")
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    assert demo("lora", Throughputs.read(tmp_path))[0].source.startswith("measured")
 
 
 def test_a_card_is_known_by_the_name_that_torch_gives_it(tmp_path):

@@ -541,6 +541,7 @@ def test_settings_that_no_weight_hangs_on_are_not_canonical(change):
         ({"model.dtype": "bfloat16"}, "training"),
         ({"training_args.learning_rate": 1e-4}, "training"),
         ({"training_args.seed": 1}, "training"),
+        ({"training_args.bf16": False}, "training"),  # not said, the machine decides
         ({"peft_config": {}}, "training"),
         ({"generation_config.num_beams": 4}, "evaluation"),
         ({"evaluation.generate": False}, "evaluation"),

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finegrid import layout
+from finegrid.precision import cpu_chooses_bf16
 
 if TYPE_CHECKING:
     from finegrid.decoder import Shape
@@ -172,10 +173,11 @@ class Throughputs:
                 found.setdefault(kind, []).append((_sizes(settings), measured["tokens_per_second"], study.name))
         return cls(found)
 
-    def of(self, settings: RunSettings, gpu: Gpu | None) -> Speed | None:
+    def of(self, settings: RunSettings, gpu: Gpu | None, width: int | None = None) -> Speed | None:
         """Return the speed of earlier runs of this kind: same base model, method, types, device, number of GPUs.
 
-        Of these only the runs with the same batch, accumulation and length limits count, if there are any.
+        Of these only the runs with the same batch, accumulation and length limits count, if there are any. The model's
+        ``width`` is what :func:`compute_dtype` wants to know.
         """
         plain = {
             "model": settings.model.model_dump(),
@@ -187,7 +189,7 @@ class Throughputs:
             "max_input_length": settings.max_input_length,
             "max_output_length": settings.max_output_length,
         }
-        kind = _kind(plain, settings.method, compute_dtype(settings, gpu), gpu.name if gpu else "cpu")
+        kind = _kind(plain, settings.method, compute_dtype(settings, gpu, width), gpu.name if gpu else "cpu")
         runs = self.found.get(kind)
         if not runs:
             return None
@@ -197,14 +199,20 @@ class Throughputs:
         return Speed(speed, len(used), tuple(dict.fromkeys(study for _, _, study in used)), bool(alike))
 
 
-def compute_dtype(settings: RunSettings, gpu: Gpu | None) -> str:
-    """Return the type that the matrix products will compute in, as a run's summary names it."""
+def compute_dtype(settings: RunSettings, gpu: Gpu | None, width: int | None = None) -> str:
+    """Return the type that the matrix products will compute in, as a run's summary names it.
+
+    Args:
+        width: the model's hidden size, see :mod:`finegrid.precision`.
+    """
     if settings.training_args.get("bf16"):
         return "bfloat16"
     if settings.training_args.get("fp16"):
         return "float16"
     if gpu is not None and gpu.bf16 and "bf16" not in settings.training_args:
         return "bfloat16"  # training chooses it
+    if gpu is None and cpu_chooses_bf16(settings, width):
+        return "bfloat16"
     quantization = settings.quantization_config or {}
     if quantization.get("load_in_4bit"):
         return str(quantization.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
@@ -288,7 +296,7 @@ def training_seconds(
     labels = tokens if label_tokens is None else label_tokens
     length = length or settings.max_input_length + settings.max_output_length
     evaluated = float((evaluations or 0) * (validation_tokens or 0))
-    speed = measured.of(settings, gpu)
+    speed = measured.of(settings, gpu, shape.hidden if shape else None)
     if speed is not None:
         seconds, source = tokens / speed.tokens_per_second, speed.describe()
         seconds += (

@@ -33,6 +33,7 @@ from finegrid.decoder import (
     shape_of,
 )
 from finegrid.errors import UserError
+from finegrid.precision import cpu_chooses_bf16
 from finegrid.tape import NOTHING, Size
 from finegrid.training.sizes import rows_of_logits
 
@@ -447,7 +448,8 @@ def _way(
 ) -> Way:
     arguments, quantised = settings.training_args, settings.quantization_config or {}
     zero = _zero(settings, device, deepspeed)
-    autocast = _autocast(arguments, device) and not zero.half
+    chosen = device == "cpu" and cpu_chooses_bf16(settings, shape.hidden)
+    autocast = (chosen or _autocast(arguments, device)) and not zero.half
     full = settings.peft_config is None
     adaptation = _adaptation(settings, shape)
     base = "4bit" if quantised.get("load_in_4bit") else "8bit" if quantised.get("load_in_8bit") else "plain"

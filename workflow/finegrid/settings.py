@@ -276,7 +276,10 @@ class RunSettings(Section):
         if not self.training_args.get("load_best_model_at_end"):
             left_out = left_out | CHECKPOINTS
         kept = {key: value for key, value in self.training_args.items() if key not in left_out}
-        return _non_default(kept, library_keys()["training_args"])
+        found = _non_default(kept, library_keys()["training_args"])
+        if kept.get("bf16") is False:  # the default, but left out the machine decides: finegrid.precision
+            found["bf16"] = False
+        return found
 
     def _influential_peft(self) -> dict[str, Any] | None:
         if self.peft_config is None:

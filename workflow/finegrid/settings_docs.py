@@ -54,6 +54,10 @@ meant.
 - A run is named by a hash of the settings that its weights hang on: those that differ from the default. Where a run is
   computed and how it logs (batch size of the evaluation, loader workers, trackers, `num_proc`, `limits`, …) change no
   name, and `generation_config` and `evaluation` change scores, not weights.
+- Where `training_args.bf16` is not set, a run trains in bf16 over float32 weights if that is faster on its machine: on
+  a GPU that has it; on a CPU with AVX512-BF16 or AMX if the weights are stored as float32, the hidden size is 512 or
+  more, and DeepSpeed isn't used. Its summary names the type, and the report warns if a study's runs got different ones.
+  `bf16: false` is float32 on any machine. Scores are computed in the weights' type.
 """
 
 

@@ -398,9 +398,28 @@ def findings(results: Results) -> list[dict]:
         message = f"{counted(len(dirty), 'run')} of a checkout with changes that were not committed"
         mend = "commit, then train again, before you publish"
         found.append({"severity": "warning", "place": "provenance", "message": message, "mend": mend})
+    found += _types_left_to_machines(results)
     unique = {tuple(sorted((key, str(value)) for key, value in finding.items())): finding for finding in found}
     rank = {severity: index for index, severity in enumerate(SEVERITIES)}
     return sorted(unique.values(), key=lambda finding: rank.get(finding.get("severity", "note"), len(rank)))
+
+
+def _types_left_to_machines(results: Results) -> list[dict]:
+    """Tell of runs that left it to model and machine what to compute in, and got different types."""
+    types: dict[str, int] = {}
+    for run, summary in results.training.items():
+        settings = results.settings.get(run, {})
+        arguments, stored = settings.get("training_args") or {}, (settings.get("model") or {}).get("dtype")
+        said = "bf16" in arguments or arguments.get("fp16") or settings.get("quantization_config")
+        if not said and stored == "float32" and summary.get("compute_dtype"):
+            types[summary["compute_dtype"]] = types.get(summary["compute_dtype"], 0) + 1
+    if len(types) < 2:
+        return []
+    message = "not set, and the runs computed in different types: " + ", ".join(
+        f"{counted(number, 'run')} in {name}" for name, number in sorted(types.items())
+    )
+    mend = "set it in the recipe to train all in one type: a part of their differences may be rounding"
+    return [{"severity": "warning", "place": "training_args.bf16", "message": message, "mend": mend}]
 
 
 def advice(results: Results) -> dict:

@@ -40,6 +40,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from finegrid.errors import UserError
 from finegrid.files import write_json
+from finegrid.precision import cpu_chooses_bf16, width_of
 from finegrid.training.history import HistoryFile, history_rows, write_history
 from finegrid.training.joint import JointPass, keep_company
 from finegrid.training.model import attach_adapter, load_base
@@ -115,7 +116,8 @@ def train(
         notes.append(
             f"weights in {settings.model.dtype} lose small updates to rounding; float32 with bf16 compute doesn't"
         )
-    args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes)
+    width = width_of(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes, width=width)
     identity = _identity(settings, tokens, model)
     with args.main_process_first(local=False, desc="look for checkpoints"):  # the folder is all nodes' own
         checkpoint = find_checkpoint(checkpoints, identity, notes, args.world_size)
@@ -190,9 +192,12 @@ def _stop_if_asked(trainer: LabelTokenTrainer) -> None:
 
 
 def training_arguments(
-    settings: RunSettings, checkpoints: Path, has_validation: bool, notes: list[str]
+    settings: RunSettings, checkpoints: Path, has_validation: bool, notes: list[str], width: int | None = None
 ) -> Seq2SeqTrainingArguments:
     """Return the Trainer's arguments of a recipe, with what Finegrid decides; ``notes`` gets what was chosen.
+
+    Args:
+        width: the model's hidden size, see :mod:`finegrid.precision`.
 
     Raises:
         UserError: DeepSpeed without a launcher, or values that transformers refuses together.
@@ -227,6 +232,12 @@ def training_arguments(
     if "bf16" not in values and not values.get("fp16") and not values.get("use_cpu") and is_torch_bf16_gpu_available():
         values["bf16"] = True
         notes.append("bf16 compute: chosen because the GPU has it and the recipe doesn't say")
+    if values.get("use_cpu") and cpu_chooses_bf16(settings, width):
+        values["bf16"] = True
+        notes.append(
+            f"bf16 compute: chosen because this processor has instructions for it, the model is {width} wide, and the "
+            "recipe doesn't say"
+        )
     try:
         args = Seq2SeqTrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
