@@ -25,6 +25,7 @@ LONG = (
     "test_slurm.py",
     "test_launch.py",
     "test_versions_travel.py",
+    "test_real_packs.py",
     "test_orphans.py",
     "test_faults.py",
     "test_stopping.py",
