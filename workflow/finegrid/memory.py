@@ -58,6 +58,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",  # a pack's runs have a thread each, and would leave each other's freed memory unused
 }
 # A CUDA context with the kernels of torch and cuBLAS's workspace.
 CUDA_CONTEXT = 600 * MIB
