@@ -109,7 +109,10 @@ def test_the_head_computes_in_what_the_model_does():
     expected = label_states(model, Head(head.module), batch).loss()
     exact = label_states(model, head, batch)
     exact.half = None
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # of other sums; each target's, to the bit:
+    with torch.no_grad():
+        one, other = (label_states(model, each, batch).losses() for each in (head, Head(head.module)))
+    assert torch.equal(one, other)
     assert found.item() != exact.loss().item()
 
 

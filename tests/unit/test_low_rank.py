@@ -204,6 +204,14 @@ def test_autocast_with_checkpoints_gives_the_same_numbers():
     assert [torch.equal(one, other) for one, other in zip(found.values(), expected.values(), strict=True)] == [True] * 6
 
 
+def test_of_64_bits_autocast_casts_nothing(monkeypatch):
+    model = adapted()
+    ours, x, as_peft = written(model), torch.randn(5, 12, dtype=torch.float64), calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), model(x))
+    assert len(as_peft) == 4
+
+
 @pytest.mark.parametrize("context", ["disabled", "another dtype"])
 def test_where_the_call_asks_for_more_peft_does_it(context, monkeypatch):
     model = adapted(torch.float32)

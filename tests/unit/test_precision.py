@@ -106,10 +106,10 @@ def wide(tmp_path_factory) -> tuple[Path, Path]:
     return write_tokens(folder / "tokens", **rows), folder / "model"
 
 
-def run(settings: RunSettings, wide: tuple[Path, Path], folder: Path) -> dict:
+def run(settings: RunSettings, wide: tuple[Path, Path], folder: Path, progress=lambda line: None) -> dict:
     names = {"output": "adapter", "history": "history.csv", "summary": "summary.json", "checkpoints": "scratch/run"}
     places = {key: folder / name for key, name in names.items()}
-    return train(settings, tokens=wide[0], model=wide[1], progress=lambda line: None, **places)
+    return train(settings, tokens=wide[0], model=wide[1], progress=progress, **places)
 
 
 def test_training_computes_in_what_was_chosen_and_says_so(wide, processor, tmp_path):
@@ -121,6 +121,25 @@ def test_training_computes_in_what_was_chosen_and_says_so(wide, processor, tmp_p
     assert len(chosen) == processor
     assert all("the model is 512 wide" in note for note in chosen)
     assert found["train_loss"] == said["train_loss"]
+
+
+def test_a_checkpoint_of_a_machine_with_another_type_is_not_gone_on_from(wide, monkeypatch, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        if line.startswith("step 2"):
+            raise Stopped
+
+    monkeypatch.setattr("finegrid.training.progress.SECONDS_BETWEEN_LINES", 0.0)
+    settings = recipe(save_strategy="steps", save_steps=1, logging_steps=1)
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    with pytest.raises(Stopped):
+        run(settings, wide, tmp_path, progress=stop)
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    found = run(settings, wide, tmp_path)
+    assert (found["resumed_from"], found["compute_dtype"]) == (None, "float32")
+    assert "started anew: the checkpoints at hand were of other compute type" in found["notes"]
 
 
 def test_a_plan_counts_the_memory_of_what_will_be_chosen(wide, processor):

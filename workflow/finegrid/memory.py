@@ -810,5 +810,7 @@ def _validation(way: Way) -> Iterable[Size]:
     for timeline, _, _ in _timelines(way, numerics, True):
         for moment in timeline.forward:
             yield moment + copies
+    if numerics.half_loss and way.ends_trained[1]:
+        copies += Size(fixed=way.shape.vocabulary * way.shape.hidden * HALF)  # cast for each batch
     for moment in head_timeline(way.shape, numerics, False, False).forward:
         yield moment + copies

@@ -31,7 +31,7 @@ def cpu_chooses_bf16(settings: RunSettings, width: int | None) -> bool:
         width: the model's hidden size; None if it is not known.
     """
     arguments = settings.training_args
-    said = "bf16" in arguments or arguments.get("fp16") or arguments.get("deepspeed")
+    said = arguments.get("bf16") is not None or arguments.get("fp16") or arguments.get("deepspeed")
     plain = settings.model.dtype == "float32" and not settings.quantization_config
     return not said and plain and width is not None and width >= WIDE and cpu_has_bf16()
 

@@ -88,8 +88,8 @@ class LabelStates:
                 states, head.weight, self.targets, linear_bias=head.bias, reduction="sum", options=options
             )
         if self._in_half_on_cpu() and not label_smoothing and len(states):
-            matrix = _half_of(head, self.half)[0]
-            return HalfCrossEntropy.apply(states, head.weight, head.bias, self.targets, matrix.detach(), self._rows())
+            cast = [None if each is None else each.detach() for each in _half_of(head, self.half)]
+            return HalfCrossEntropy.apply(states, head.weight, head.bias, self.targets, *cast, self._rows())
         parts = list(self._parts())
         if len(parts) == 1:
             return self._loss(*parts[0], label_smoothing=label_smoothing)
@@ -136,15 +136,17 @@ class HalfCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         matrix: torch.Tensor,
+        offset: torch.Tensor | None,
         rows: int,
     ) -> torch.Tensor:
         """Return the loss of states (N, hidden) and targets (N,).
 
         Args:
             matrix: the weight (V, hidden) in 16 bits.
+            offset: the bias in 16 bits.
             rows: how many have their logits made at a time.
         """
-        half, offset = matrix.dtype, None if bias is None else bias.to(matrix.dtype)
+        half = matrix.dtype
         made = [
             torch.zeros_like(each) if needed else None
             for each, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
@@ -179,7 +181,7 @@ class HalfCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         made = [None if each is None else each.mul_(gradient) for each in ctx.made]
         ctx.made = None
-        return *made, None, None, None
+        return *made, None, None, None, None
 
 
 def _half_of(head: nn.Linear, half: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

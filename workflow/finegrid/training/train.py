@@ -118,7 +118,8 @@ def train(
         )
     width = width_of(json.loads((model / "config.json").read_text(encoding="utf-8")))
     args = training_arguments(settings, checkpoints, has_validation=len(validation) > 0, notes=notes, width=width)
-    identity = _identity(settings, tokens, model)
+    # The machine may have chosen it: a job that is requeued on another one doesn't go on in another type.
+    identity = _identity(settings, tokens, model) | {"compute type": _compute(settings, args)}
     with args.main_process_first(local=False, desc="look for checkpoints"):  # the folder is all nodes' own
         checkpoint = find_checkpoint(checkpoints, identity, notes, args.world_size)
     args.eval_on_start = checkpoint is None and len(validation) > 0
