@@ -135,6 +135,5 @@ def test_as_many_runs_are_in_a_step_as_the_card_holds():
     assert at_once(memory, card=100) == (95 - 15) // 8
     assert at_once(memory, card=20) == 1
     assert at_once(memory, card=None) == 1
-    assert at_once(memory, card=100, quantised=True) == 1
     assert pack_memory(memory, runs=6, together=1) == 23 + 5 * 4
     assert pack_memory(memory, runs=6, together=6) == 15 + 6 * 8

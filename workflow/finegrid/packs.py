@@ -195,7 +195,15 @@ def _at_most(most: int | None, runs: int, count: int) -> int:
     return count if most is None else max(count, math.ceil(runs / most))
 
 
-def at_once(memory: Memory | None, card: int | None, quantised: bool = False) -> int:
+def has_base_of_its_own(settings: RunSettings) -> bool:
+    """Return whether a run of a pack shares no weights of the base with the others.
+
+    bitsandbytes' 8-bit layers take the scales out of their weight when they first run: another layer finds none there.
+    """
+    return bool((settings.quantization_config or {}).get("load_in_8bit"))
+
+
+def at_once(memory: Memory | None, card: int | None) -> int:
     """Return how many runs of a pack make their steps together.
 
     On a GPU, which a small batch leaves idle between kernels, as many as its memory holds beside one base. On the CPU
@@ -205,9 +213,8 @@ def at_once(memory: Memory | None, card: int | None, quantised: bool = False) ->
     Args:
         memory: what one of the runs needs; None if that is not known.
         card: bytes of the GPU; None is the CPU.
-        quantised: whether each run has a base of its own, see :class:`finegrid.training.resident.ResidentBase`.
     """
-    if memory is None or card is None or quantised:
+    if memory is None or card is None:
         return 1
     shared, own = _shares(memory)
     return max(1, int((card * GPU_SHARE - shared) // max(own, 1)))

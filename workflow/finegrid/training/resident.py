@@ -8,13 +8,13 @@ in the next one's model.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from finegrid.packs import has_base_of_its_own
 from finegrid.training.model import load_base, load_trained
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class ResidentBase:
     """Loads what runs trained, as :func:`finegrid.training.model.load_trained` does, and the base but once.
 
-    One base is kept: that of the last run. A fully trained model is loaded from its own folder, and so is a base whose
-    weights are quantised on a GPU: that its modules can be copied is tested on the CPU alone.
+    One base is kept: that of the last run. A fully trained model is loaded from its own folder, and a base of 8-bit
+    weights for each run anew, see :func:`finegrid.packs.has_base_of_its_own`.
     """
 
     def __init__(self):
@@ -50,7 +50,7 @@ class ResidentBase:
 
     def base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
         """Return a base model with modules of its own, as ``load_base`` does."""
-        if settings.quantization_config and torch.device(device).type != "cpu":
+        if has_base_of_its_own(settings):
             return load_base(settings, folder, device)
         return _with_shared_weights(self._loaded(settings, folder, device))
 
@@ -65,5 +65,7 @@ class ResidentBase:
 
 
 def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    weights = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(weight): weight for weight in weights})
+    weights = [*model.parameters(), *model.buffers()]
+    # The scales of 4-bit weights, which a layer knows as well as its weight does.
+    states = [weight.quant_state for weight in weights if getattr(weight, "quant_state", None) is not None]
+    return copy.deepcopy(model, {id(each): each for each in (*weights, *states)})

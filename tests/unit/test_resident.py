@@ -1,0 +1,80 @@
+"""A base that stays in memory: shared where that is right, with the numbers of one of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from finegrid.settings import RunSettings
+from finegrid.training import model as loading
+from finegrid.training.model import attach_adapter, load_base
+from finegrid.training.resident import ResidentBase
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+INT8 = {"load_in_8bit": True}
+IDS = torch.arange(7, 31).reshape(2, 12)
+
+
+def recipe(quantised: dict) -> RunSettings:
+    return RunSettings(
+        model={"model_name_or_path": "data/models/tiny"},
+        peft_config={"target_modules": "all-linear", "r": 4, "init_lora_weights": False},
+        quantization_config=quantised,
+        training_args={"use_cpu": True},
+    )
+
+
+def numbers(settings: RunSettings, base: torch.nn.Module, seed: int) -> list[torch.Tensor]:
+    """Return the logits and the adapter's gradients of a run with start values of its own."""
+    torch.manual_seed(seed)
+    model = attach_adapter(settings, base).train()
+    output = model(input_ids=IDS, labels=IDS)
+    output.loss.backward()
+    return [output.logits.detach(), *(each.grad for each in model.parameters() if each.requires_grad)]
+
+
+@pytest.mark.parametrize("quantised", [NF4, INT8], ids=["nf4", "int8"])
+def test_run_after_run_has_the_numbers_of_a_base_of_its_own(tiny_model_dir, quantised):
+    settings, resident = recipe(quantised), ResidentBase()
+    for seed in (1, 2, 1):
+        found = numbers(settings, resident.base(settings, tiny_model_dir, "cpu"), seed)
+        expected = numbers(settings, load_base(settings, tiny_model_dir, "cpu"), seed)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        assert found[0].isfinite().all()
+        assert any(each.any() for each in found[1:])
+
+
+def test_bitsandbytes_own_4_bit_layers_share_weights_and_scales(tiny_model_dir, monkeypatch):
+    # Those that a GPU has: on a CPU other ones take their place.
+    monkeypatch.setattr("finegrid.training.quantisation.make_exact_on_cpu", lambda model: [])
+    settings, resident = recipe(NF4), ResidentBase()
+    first, second = (resident.base(settings, tiny_model_dir, "cpu") for _ in range(2))
+    expected = [numbers(settings, load_base(settings, tiny_model_dir, "cpu"), seed) for seed in (1, 2)]
+    layers = [
+        {name: module for name, module in base.named_modules() if type(module) is bnb.nn.Linear4bit}
+        for base in (first, second)
+    ]
+    assert len(layers[0]) == 7 * first.config.num_hidden_layers
+    for name, layer in layers[0].items():
+        assert layer is not layers[1][name]
+        assert layer.weight is layers[1][name].weight
+        assert layer.weight.quant_state is layers[1][name].weight.quant_state is layer.quant_state
+    for base, seed, own in zip((first, second), (1, 2), expected, strict=True):
+        for one, other in zip(numbers(settings, base, seed), own, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_one_base_is_loaded_for_all_runs_but_of_8_bits(tiny_model_dir, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "finegrid.training.resident.load_base", lambda *given: loaded.append(1) or loading.load_base(*given)
+    )
+    for quantised, count in ((None, 1), (NF4, 1), (INT8, 3)):
+        loaded.clear()
+        resident = ResidentBase()
+        for _ in range(3):
+            resident.base(recipe(quantised), Path(tiny_model_dir), "cpu")
+        assert len(loaded) == count
