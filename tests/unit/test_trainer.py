@@ -13,7 +13,7 @@ from datasets import Dataset
 from finegrid.training.collation import Collator
 from finegrid.training.flat import make_flat
 from finegrid.training.loss import find_head, label_logits, label_states
-from finegrid.training.trainer import LabelTokenTrainer
+from finegrid.training.trainer import LabelTokenTrainer, walked_once
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from token_rows import plain_loss, random_rows
 from transformers import (
@@ -23,6 +23,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     Seq2SeqTrainingArguments,
     get_cosine_schedule_with_warmup,
@@ -345,6 +346,49 @@ def test_an_evaluation_changes_neither_the_random_state_nor_the_training(tmp_pat
         return torch.cat([weight.flatten() for weight in model.parameters()])
 
     assert torch.equal(weights(1), weights(4))
+
+
+def test_a_step_goes_over_the_model_only_where_its_mode_changes(tmp_path, monkeypatch):
+    walks = []
+    train = torch.nn.Module.train
+
+    def counted(module, mode=True):
+        if isinstance(module, LlamaForCausalLM):
+            walks.append(mode)
+        return train(module, mode)
+
+    monkeypatch.setattr(torch.nn.Module, "train", counted)
+    rows, model = Dataset.from_list(random_rows(8)), make()
+    args = arguments(tmp_path, max_steps=8, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=4)
+    trainer = LabelTokenTrainer(model, args, rows, rows)
+    walks.clear()
+    trainer.train()
+    assert walks == [True, False, True, False]
+    assert not {"train", "zero_grad"} & model.__dict__.keys()
+
+
+def test_a_model_walked_over_once_has_its_modes_and_gradients_as_ever():
+    model = get_peft_model(make(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    def modes() -> set[bool]:
+        return {module.training for module in model.modules()}
+
+    assert modes() == {True, False}  # transformers loads for inference, peft wraps for training
+    with walked_once(model) as trained:
+        assert [id(each) for each in trained] == [id(each) for each in model.parameters() if each.requires_grad]
+        for _ in range(2):
+            assert model.train() is model
+            assert modes() == {True}
+            model.eval()
+            assert modes() == {False}
+        model.train()
+        model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        assert all(each.grad is not None for each in trained)
+        model.zero_grad(set_to_none=False)
+        assert not any(each.grad.any() for each in trained)
+        model.zero_grad()
+        assert all(each.grad is None for each in trained)
+    assert not {"train", "zero_grad"} & model.__dict__.keys()
 
 
 def test_a_perplexity_of_the_untrained_model_is_near_the_vocabulary(tmp_path):

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -86,6 +87,36 @@ class Counters:
         loss = (self.loss_sum - self.logged_loss_sum) / label_tokens if label_tokens else math.nan
         self.logged_label_tokens, self.logged_loss_sum = self.label_tokens, self.loss_sum
         return loss
+
+
+@contextlib.contextmanager
+def walked_once(model: torch.nn.Module) -> Iterator[list[torch.nn.Parameter]]:
+    """Give a model's trained parameters; and let its ``train`` and ``zero_grad`` go over all modules when that changes
+    something, not in each step, where they and the clipping take a model of a million parameters a tenth of the time.
+
+    While the block runs, what is trained stays the same, and modes are set by the model's own ``train`` and ``eval``.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind, is_training = type(model), False
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        nonlocal is_training
+        if not (mode and is_training):
+            kind.train(model, mode)
+        is_training = mode
+        return model
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if not set_to_none:
+            return kind.zero_grad(model, set_to_none)
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
+    try:
+        yield trained
+    finally:
+        del model.train, model.zero_grad
 
 
 class EvaluationLeft(Exception):
@@ -155,6 +186,8 @@ class LabelTokenTrainer(Trainer):
             self.notes.append("`loss` and `train_loss` are the smoothed loss; the validation loss is not smoothed")
         self.last_loss: float | None = None
         self._clock: float | None = None
+        self._training = contextlib.ExitStack()  # what is undone when training ends
+        self._trained: list[torch.nn.Parameter] | None = None  # where the model may be walked over once
         self._losses: list[torch.Tensor] = []
         self._batches: list[dict[str, Any]] = []
 
@@ -191,6 +224,8 @@ class LabelTokenTrainer(Trainer):
         prepared = super()._prepare_for_training(*args, **options)
         if is_deepspeed_zero3_enabled() and self.head is None and not self.args.torch_compile:
             self._look_at(self.model_wrapped)  # before it was wrapped, no process had all weights
+        if self.model_wrapped is self.model and self.args.world_size == 1:
+            self._trained = self._training.enter_context(walked_once(self.model))
         return prepared
 
     # ---------------------------------------------------------------- the loss of a step
@@ -262,6 +297,11 @@ class LabelTokenTrainer(Trainer):
 
     def _now(self) -> float:
         return time.monotonic() if self.lane is None else self.lane.now()
+
+    def _clip_grad_norm(self, model):
+        if self._trained is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the gradient's norm; the Trainer asks for it when a window is whole and no weight has changed yet."""
@@ -408,9 +448,12 @@ class LabelTokenTrainer(Trainer):
         self._saved_step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else None
         self._clock, self._losses, self._batches, self._step_closed = None, [], [], 0
         try:
-            result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
+            with self._training:
+                result = super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
         except EvaluationLeft:  # that of the untrained model
             self.stop_here()
+        finally:
+            self._trained = None
         self._stop_clock()
         return result
 
