@@ -378,15 +378,13 @@ def test_evaluations_before_the_rows_are_known_ask_for_no_time(project):
     assert (needs["gpus"], "runtime" in needs) == (1, False)
 
 
-@pytest.mark.parametrize(
-    ("quantised", "together"), [(None, 3), ({"load_in_4bit": True}, 3), ({"load_in_8bit": True}, 1)]
-)
-def test_on_a_gpu_the_runs_of_a_pack_that_share_a_base_step_together(project, quantised, together):
+@pytest.mark.parametrize("quantised", [None, {"load_in_4bit": True}])
+def test_on_a_gpu_the_runs_of_a_pack_step_together_on_a_base_of_4_bits_too(project, quantised):
     folder, study = project
     recipe = {"peft_config": {"r": 8}, "quantization_config": quantised}
     the_study = study(recipe, factors=None, hardware={"gpus": ["a100-80gb"]})
     context = Context(the_study.name, folder, hardware_of(the_study, folder))
-    assert pack_needs(context, the_study.runs)["together"] == together
+    assert pack_needs(context, the_study.runs)["together"] == 3
 
 
 # ---------------------------------------------------------------- on the terminal

@@ -1,14 +1,13 @@
-"""A base that stays in memory: shared where that is right, with the numbers of one of its own."""
+"""A base that stays in memory: its weights and scales are shared, with the numbers of a base for each run alone."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from finegrid.settings import RunSettings
-from finegrid.training import model as loading
+from finegrid.training import resident
+from finegrid.training.adapters import why_not_plain
 from finegrid.training.model import attach_adapter, load_base
 from finegrid.training.resident import ResidentBase
 
@@ -17,7 +16,7 @@ INT8 = {"load_in_8bit": True}
 IDS = torch.arange(7, 31).reshape(2, 12)
 
 
-def recipe(quantised: dict) -> RunSettings:
+def recipe(quantised: dict | None) -> RunSettings:
     return RunSettings(
         model={"model_name_or_path": "data/models/tiny"},
         peft_config={"target_modules": "all-linear", "r": 4, "init_lora_weights": False},
@@ -37,9 +36,9 @@ def numbers(settings: RunSettings, base: torch.nn.Module, seed: int) -> list[tor
 
 @pytest.mark.parametrize("quantised", [NF4, INT8], ids=["nf4", "int8"])
 def test_run_after_run_has_the_numbers_of_a_base_of_its_own(tiny_model_dir, quantised):
-    settings, resident = recipe(quantised), ResidentBase()
+    settings, shared = recipe(quantised), ResidentBase()
     for seed in (1, 2, 1):
-        found = numbers(settings, resident.base(settings, tiny_model_dir, "cpu"), seed)
+        found = numbers(settings, shared.base(settings, tiny_model_dir, "cpu"), seed)
         expected = numbers(settings, load_base(settings, tiny_model_dir, "cpu"), seed)
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
@@ -50,8 +49,8 @@ def test_run_after_run_has_the_numbers_of_a_base_of_its_own(tiny_model_dir, quan
 def test_bitsandbytes_own_4_bit_layers_share_weights_and_scales(tiny_model_dir, monkeypatch):
     # Those that a GPU has: on a CPU other ones take their place.
     monkeypatch.setattr("finegrid.training.quantisation.make_exact_on_cpu", lambda model: [])
-    settings, resident = recipe(NF4), ResidentBase()
-    first, second = (resident.base(settings, tiny_model_dir, "cpu") for _ in range(2))
+    settings, shared = recipe(NF4), ResidentBase()
+    first, second = (shared.base(settings, tiny_model_dir, "cpu") for _ in range(2))
     expected = [numbers(settings, load_base(settings, tiny_model_dir, "cpu"), seed) for seed in (1, 2)]
     layers = [
         {name: module for name, module in base.named_modules() if type(module) is bnb.nn.Linear4bit}
@@ -67,14 +66,32 @@ def test_bitsandbytes_own_4_bit_layers_share_weights_and_scales(tiny_model_dir, 
             assert torch.equal(one, other)
 
 
-def test_one_base_is_loaded_for_all_runs_but_of_8_bits(tiny_model_dir, monkeypatch):
+def test_8_bit_layers_share_weights_and_scales_before_and_after_a_first_pass(tiny_model_dir):
+    settings, shared = recipe(INT8), ResidentBase()
+    bases = [shared.base(settings, tiny_model_dir, "cpu")]
+    numbers(settings, bases[0], seed=1)
+    bases.append(shared.base(settings, tiny_model_dir, "cpu"))
+    first, second = ([each for each in base.modules() if type(each) is bnb.nn.Linear8bitLt] for base in bases)
+    assert len(first) == 7 * bases[0].config.num_hidden_layers
+    for layer, other in zip(first, second, strict=True):
+        assert layer.state is not other.state
+        assert layer.state.CB is other.state.CB
+        assert layer.state.SCB is other.state.SCB
+
+
+@pytest.mark.parametrize("quantised", [None, NF4, INT8], ids=["fp32", "nf4", "int8"])
+def test_rows_of_several_runs_are_not_computed_together_in_8_bits(tiny_model_dir, quantised):
+    settings = recipe(quantised)
+    reason = why_not_plain(attach_adapter(settings, load_base(settings, tiny_model_dir, "cpu")))
+    assert (reason is None) is (quantised is not INT8)
+    assert reason is None or "8-bit" in reason
+
+
+@pytest.mark.parametrize("quantised", [None, NF4, INT8], ids=["fp32", "nf4", "int8"])
+def test_one_base_is_loaded_for_all_runs(tiny_model_dir, monkeypatch, quantised):
     loaded = []
-    monkeypatch.setattr(
-        "finegrid.training.resident.load_base", lambda *given: loaded.append(1) or loading.load_base(*given)
-    )
-    for quantised, count in ((None, 1), (NF4, 1), (INT8, 3)):
-        loaded.clear()
-        resident = ResidentBase()
-        for _ in range(3):
-            resident.base(recipe(quantised), Path(tiny_model_dir), "cpu")
-        assert len(loaded) == count
+    monkeypatch.setattr(resident, "load_base", lambda *given: loaded.append(load_base(*given)) or loaded[-1])
+    shared = ResidentBase()
+    for _ in range(3):
+        shared.base(recipe(quantised), tiny_model_dir, "cpu")
+    assert len(loaded) == 1

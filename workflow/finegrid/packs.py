@@ -195,14 +195,6 @@ def _at_most(most: int | None, runs: int, count: int) -> int:
     return count if most is None else max(count, math.ceil(runs / most))
 
 
-def has_base_of_its_own(settings: RunSettings) -> bool:
-    """Return whether a run of a pack shares no weights of the base with the others.
-
-    bitsandbytes' 8-bit layers take the scales out of their weight when they first run: another layer finds none there.
-    """
-    return bool((settings.quantization_config or {}).get("load_in_8bit"))
-
-
 def at_once(memory: Memory | None, card: int | None) -> int:
     """Return how many runs of a pack make their steps together.
 

