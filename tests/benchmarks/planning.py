@@ -148,6 +148,8 @@ def main() -> None:
         runs = len(load_study(study, folder).runs)
         print(f"resolve {runs:,} runs: {cpu(lambda: load_study(study, folder)):.2f} s CPU", flush=True)
         print(f"finegrid plan, {runs:,} runs: {cost(folder, 'finegrid.cli', 'plan', 'large')}", flush=True)
+        print(f"finegrid watch, {runs:,} runs: {cost(folder, 'finegrid.cli', 'watch', 'large', '--once')}", flush=True)
+    print(f"finegrid fit: {cost(PROJECT, 'finegrid.cli', 'fit', '--gpu-memory', '24GB')}", flush=True)
     for runs in DRY_RUNS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

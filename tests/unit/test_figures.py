@@ -6,12 +6,12 @@ import importlib
 import itertools
 import json
 import re
-import time
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from calls import counted_calls
 from finegrid.analysis.scores import load_plan
 from finegrid.errors import UserError
 from finegrid.figures import FIGURES as ALL
@@ -153,15 +153,15 @@ def test_figures_of_factors_can_be_read(request, kind):
         assert_readable(module(name).plot(study)[0])
 
 
-def test_a_thousand_runs_stay_readable_and_are_drawn_in_seconds(thousand):
+def test_a_thousand_runs_stay_readable_and_are_drawn_without_much_work(thousand):
     assert len(plan_of(thousand)["runs"]) == 1010
     for name in fitting(plan_of(thousand)):
-        began = time.process_time()
-        figure, table = module(name).plot(thousand)
+        with counted_calls() as calls:
+            figure, table = module(name).plot(thousand)
         assert_readable(figure)
         assert figure.get_figheight() < 10.5
         assert len(table)
-        assert time.process_time() - began < 10
+        assert calls[0] < 5_000_000, name  # at most 2.2 million where this was written
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
+from calls import counted_calls
 from finegrid import precision
 from finegrid.forecast import (
     Forecast,
@@ -276,12 +276,12 @@ def test_broken_results_are_passed_over(tmp_path):
     assert not Throughputs.read(tmp_path / "nowhere").found
 
 
-def test_a_thousand_finished_runs_are_read_in_no_time(tmp_path):
+def test_reading_a_thousand_finished_runs_is_little_work(tmp_path):
     for number in range(500):
         finish(tmp_path, "lora", study=f"study-{number % 5}", name=f"lora-{number}")
-    started = time.process_time()
-    measured = Throughputs.read(tmp_path)
-    assert time.process_time() - started < 1  # 0.08 s where this was written
+    with counted_calls() as calls:
+        measured = Throughputs.read(tmp_path)
+    assert calls[0] < 400_000  # 160,000 where this was written
     assert sum(map(len, measured.found.values())) == 1000
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from calls import counted_calls
 from finegrid.errors import UserError
 from finegrid.memory import (
     ALLOCATOR,
@@ -379,13 +379,13 @@ def test_evaluation_is_weights_and_cache_and_grows_with_the_batch():
     assert large.gradients == large.optimiser == 0
 
 
-def test_a_thousand_runs_are_priced_in_under_a_second():
+def test_pricing_a_thousand_runs_is_little_work():
     shape = shape_of({"model_type": "llama", **WIDE})
     settings = [settings_of(peft_config={**LORA, "r": 2 ** (number % 7)}) for number in range(21)]
-    start = time.process_time()
-    for number in range(1000):
-        training_memory(settings[number % 21], shape, rows=1 + number % 8, length=512, labels=99, device="cuda")
-    assert time.process_time() - start < 1
+    with counted_calls() as calls:
+        for number in range(1000):
+            training_memory(settings[number % 21], shape, rows=1 + number % 8, length=512, labels=99, device="cuda")
+    assert calls[0] < 3_000_000  # 1.4 million where this was written
 
 
 def test_settings_of_the_allocator_leave_the_users_own():

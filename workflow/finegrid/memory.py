@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -615,7 +616,7 @@ class Plan:
 
 
 def _price(moment: Size, form: tuple[float, ...]) -> float:
-    return sum(size * count for size, count in zip(moment, form, strict=True))
+    return sum(map(mul, moment, form))
 
 
 def _runtime(device: str, dynamic: float, live: float) -> float:

@@ -12,6 +12,7 @@ for any batch: see :class:`Size`. Used by :mod:`finegrid.decoder`; pure Python.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import add, ge, sub
 from typing import NamedTuple
 
 
@@ -29,10 +30,10 @@ class Size(NamedTuple):
     last: float = 0
 
     def __add__(self, other: Size) -> Size:
-        return Size(*[a + b for a, b in zip(self, other, strict=True)])
+        return Size(*map(add, self, other))
 
     def __sub__(self, other: Size) -> Size:
-        return Size(*[a - b for a, b in zip(self, other, strict=True)])
+        return Size(*map(sub, self, other))
 
     def __mul__(self, factor: float) -> Size:
         return Size(*[a * factor for a in self])
@@ -229,6 +230,6 @@ def _highest(moments: Iterable[Size]) -> tuple[Size, ...]:
     """Return the moments that are not below another in every part."""
     kept: list[Size] = []
     for moment in sorted(set(moments), reverse=True):
-        if not any(all(a >= b for a, b in zip(other, moment, strict=True)) for other in kept):
+        if not any(all(map(ge, other, moment)) for other in kept):
             kept.append(moment)
     return tuple(kept)
