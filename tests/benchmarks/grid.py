@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", default="mixed", choices=["mixed", "answers"])
+    parser.add_argument("--held-out", type=int, default=ROWS["test"], help="rows of validation, and of test")
     parser.add_argument("--config", nargs="*", default=[], help="more of snakemake's --config, such as pack=off")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -107,7 +108,8 @@ def main() -> None:
         print("trl is not installed: pip install trl==1.16.0 to see its side")
     for model in options.models:
         with tempfile.TemporaryDirectory() as name:
-            project = prepare(model, Path(name) / "project", kind=options.rows)
+            counts = ROWS | {"validation": options.held_out, "test": options.held_out}
+            project = prepare(model, Path(name) / "project", counts=counts, kind=options.rows)
             print(f"{model}: {lengths(project)}", flush=True)
             results: dict[str, list[Side]] = {side: [] for side in sides}
             for _ in range(options.repeats):

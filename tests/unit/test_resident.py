@@ -5,6 +5,7 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
+from finegrid.errors import UserError
 from finegrid.settings import RunSettings
 from finegrid.training import resident
 from finegrid.training.adapters import why_not_plain
@@ -95,3 +96,10 @@ def test_one_base_is_loaded_for_all_runs(tiny_model_dir, monkeypatch, quantised)
     for _ in range(3):
         shared.base(recipe(quantised), tiny_model_dir, "cpu")
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("given", [None, NF4], ids=["none", "nf4"])
+def test_a_base_that_was_saved_quantised_is_refused_whatever_the_recipe_says(tiny_model_dir, tmp_path, given):
+    load_base(recipe(NF4), tiny_model_dir, "cpu").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: the model's weights are stored quantised .*bitsandbytes"):
+        load_base(recipe(given), tmp_path, "cpu")

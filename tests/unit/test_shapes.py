@@ -146,7 +146,8 @@ def test_unknown_model_is_asked_of_the_hub_and_its_failure_is_no_error(tmp_path,
             self.send_response(200 if "known" in self.path else 404)
             self.end_headers()
             if "known" in self.path:
-                self.wfile.write(json.dumps({"hidden_size": 3}).encode())
+                stored = {"quantization_config": {"quant_method": "awq"}} if "quantised" in self.path else {}
+                self.wfile.write(json.dumps({"hidden_size": 3} | stored).encode())
 
         def log_message(self, *arguments):
             pass
@@ -161,12 +162,15 @@ def test_unknown_model_is_asked_of_the_hub_and_its_failure_is_no_error(tmp_path,
             {"hidden_size": 3},
             "config.json from the hub",
         )
+        with pytest.raises(UserError, match="some/known-quantised: the model's weights are stored quantised"):
+            model_config(hub_model("some/known-quantised", "e" * 40), tmp_path)
+        asked.clear()
         assert model_config(hub_model("some/other", "e" * 40), tmp_path) is None
         assert model_config(hub_model("some/other", "e" * 40), tmp_path) is None
-        assert len(asked) == 2  # a failure is remembered: a plan asks for the same model a thousand times
+        assert len(asked) == 1  # a failure is remembered: a plan asks for the same model a thousand times
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert model_config(hub_model("some/third", "e" * 40), tmp_path) is None
-        assert len(asked) == 2
+        assert len(asked) == 1
     finally:
         server.shutdown()
         server.server_close()
@@ -194,6 +198,15 @@ def test_broken_config_is_told(tmp_path, text, problem):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=rf"config\.json: {problem}"):
         read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_model_that_is_stored_quantised_is_refused_before_anything_is_planned(tmp_path, method):
+    config = {"hidden_size": 1, "quantization_config": {"quant_method": method, "load_in_4bit": True}}
+    (tmp_path / "data/models/mine").mkdir(parents=True)
+    (tmp_path / "data/models/mine/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"stored quantised .*quant_method: {method}.*set model.model_name_or_path"):
+        model_config(ModelSettings(model_name_or_path="data/models/mine"), tmp_path)
 
 
 def test_longest_row_is_read_under_either_name():

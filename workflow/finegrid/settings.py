@@ -181,7 +181,10 @@ class RunSettings(Section):
     max_output_length: int = Field(512, ge=1, description="Tokens of the answer, its end-of-text included.")
     training_args: dict[str, Any] = Field(default_factory=dict, description="How it learns: transformers' arguments.")
     peft_config: dict[str, Any] | None = Field(None, description="The adapter; null trains all weights.")
-    quantization_config: dict[str, Any] | None = Field(None, description="Quantization of the frozen weights.")
+    quantization_config: dict[str, Any] | None = Field(
+        None,
+        description="Quantization of the frozen weights while they are loaded; bases stored quantised are refused.",
+    )
     generation_config: dict[str, Any] = Field(default_factory=dict, description="How answers are generated.")
     evaluation: Evaluation = Field(Evaluation(), description="How a run is scored, see below.")
     gpus: int = Field(

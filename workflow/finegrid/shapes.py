@@ -54,6 +54,9 @@ def model_config(model: ModelSettings, project: Path) -> tuple[dict[str, Any], s
     Looked up in this order: the model's folder, the hub's local cache, the package's own table, the hub (unless
     ``HF_HUB_OFFLINE`` is set). A folder that is not there yet is looked up in the table by its name, which is how the
     demo's model is planned before it is converted.
+
+    Raises:
+        UserError: see :func:`read_config`.
     """
     folder = layout.model_folder(model)
     if (project / folder / "config.json").is_file():
@@ -68,6 +71,7 @@ def model_config(model: ModelSettings, project: Path) -> tuple[dict[str, Any], s
     if model.revision and not _offline():
         fetched = _fetched(model.model_name_or_path, model.revision)
         if fetched:
+            _refuse_quantised(fetched, model.model_name_or_path)
             return dict(fetched), "config.json from the hub"
     return None
 
@@ -76,7 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a ``config.json``; of a multimodal Gemma 3 its language model, with the defaults that its file omits.
 
     Raises:
-        UserError: the file holds no JSON object.
+        UserError: the file holds no JSON object, or its model's weights are stored quantised.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +88,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); fetch the model's config.json again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}; expected an object; fetch it again")
+    _refuse_quantised(config, path)
     return _language_model(config)
+
+
+def _refuse_quantised(config: Mapping[str, Any], place: Path | str) -> None:
+    """Such a base would be trained as its file says, whatever the recipe, the plan and the paper's table say."""
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+        raise UserError(
+            f"{place}: the model's weights are stored quantised (quantization_config of its config.json, quant_method: "
+            f"{method}); expected unquantised ones, which the recipe's quantization_config quantises while they are "
+            "loaded: set model.model_name_or_path to the model that this one was made from"
+        )
 
 
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finegrid.errors import UserError, nearest
+from finegrid.shapes import read_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -27,10 +28,13 @@ def load_base(settings: RunSettings, folder: Path, device: torch.device | str) -
     ``prepare_model_for_kbit_training``; nothing of it requires a gradient. Only safetensors are read.
 
     Raises:
-        UserError: the folder holds no causal language model, or the quantisation does not fit it.
+        UserError: the folder holds no causal language model, or one that is stored quantised, or the quantisation
+            does not fit it.
     """
     from transformers import AutoModelForCausalLM
 
+    if (folder / "config.json").is_file():
+        read_config(folder / "config.json")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
