@@ -1,6 +1,6 @@
 """Scoring 12 adapters on 64 prompts through snakemake, against 12 scripts around transformers' ``generate``.
 
-    python tests/benchmarks/evaluation.py [--models 1M 10M 135M] [--repeats 3]
+    python tests/benchmarks/evaluation.py [--models 1M 10M 135M] [--sides …] [--repeats 3]
 
 The adapters are those of the grid of `grid.py`, trained for a few steps before. Every side computes the loss of 64 test
 rows and generates at most 48 tokens for each of their prompts, in batches of 16 rows a run. The scripts are what a user
@@ -35,6 +35,7 @@ EVALUATION = f"evaluation: {{{{batch_size: {BATCH}}}}}\ngeneration_config: {{{{m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES[:-1]), choices=SIDES[:-1], help="of the scripts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -48,16 +49,16 @@ def main() -> None:
             project = prepare(model, Path(name) / "project", recipe, ROWS | {"test": PROMPTS})
             runs = [run.id for run in load_study(Path("config/studies/grid.yaml"), project).runs]
             snakemake(project, [f"results/grid/training/{run}.json" for run in runs], [])
-            compare(model, project, runs, options.repeats)
+            compare(model, project, runs, [*options.sides, SIDES[-1]], options.repeats)
 
 
-def compare(model: str, project: Path, runs: list[str], repeats: int) -> None:
+def compare(model: str, project: Path, runs: list[str], sides: list[str], repeats: int) -> None:
     """Let the sides take turns, and print medians and the ratio."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    memory: dict[str, list[float]] = {side: [] for side in sides}
     answers: dict[str, dict[str, list[str]]] = {}
     for _ in range(repeats):
-        for side in SIDES:
+        for side in sides:
             with most_memory() as peak:
                 start = time.perf_counter()
                 answers[side] = ours(project, runs) if side == "finegrid" else scripts(side, model, project, runs)
@@ -65,13 +66,15 @@ def compare(model: str, project: Path, runs: list[str], repeats: int) -> None:
             memory[side].append(peak[0])
             print(f"{model} {side}: {seconds[side][-1]:.1f} s, {peak[0]:,.0f} MiB", flush=True)
     middle = {side: statistics.median(found) for side, found in seconds.items()}
-    for side in SIDES:
+    for side in sides:
         print(f"{model}: {side}: {middle[side]:.1f} s, {statistics.median(memory[side]):,.0f} MiB")
     pairs = [
-        (one, other) for run in runs for one, other in zip(answers["finegrid"][run], answers["pairs"][run], strict=True)
+        (one, other)
+        for run in runs
+        for one, other in zip(answers["finegrid"][run], answers[sides[0]][run], strict=True)
     ]
     print(f"{model}: {sum(one == other for one, other in pairs) / len(pairs):.1%} of {len(pairs)} answers are equal")
-    scripts_took = min(middle["sequential"], middle["pairs"])
+    scripts_took = min(middle[side] for side in sides if side != "finegrid")
     print(f"{model}: finegrid / the better of the scripts: {middle['finegrid'] / scripts_took:.2f}")
 
 
