@@ -225,7 +225,7 @@ def test_whole_table_is_little_work_and_needs_no_heavy_library(capsys):
     assert answer.stderr.strip() == "[]"
     with counted_calls() as calls:
         print_fit("24GB")
-    assert calls[0] < 10_000_000  # 5.0 million where this was written
+    assert calls[0] < 10_000_000  # 5.2 million where this was written
 
 
 # ---------------------------------------------------------------- published measurements

@@ -437,6 +437,9 @@ def test_the_command_starts_at_once_and_loads_nothing_heavy(planned):
     done = subprocess.run(command, cwd=planned, env=environment, capture_output=True, text=True, check=True)
     assert "1001 waiting" in done.stdout
     assert len(loaded) < 350  # 235 where this was written
+    with counted_calls() as calls:
+        watch(Watcher("big", planned), 1.0, once=True)
+    assert calls[0] < 1_800_000  # 880,000 where this was written
 
 
 def test_the_queue_of_slurm_tells_what_waits_and_what_came_back(planned, monkeypatch):

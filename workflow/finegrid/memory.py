@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -616,7 +615,7 @@ class Plan:
 
 
 def _price(moment: Size, form: tuple[float, ...]) -> float:
-    return sum(map(mul, moment, form))
+    return sum([size * count for size, count in zip(moment, form, strict=True)])
 
 
 def _runtime(device: str, dynamic: float, live: float) -> float:

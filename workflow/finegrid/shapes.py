@@ -71,8 +71,7 @@ def model_config(model: ModelSettings, project: Path) -> tuple[dict[str, Any], s
     if model.revision and not _offline():
         fetched = _fetched(model.model_name_or_path, model.revision)
         if fetched:
-            _refuse_quantised(fetched, model.model_name_or_path)
-            return dict(fetched), "config.json from the hub"
+            return dict(_trainable(fetched, model.model_name_or_path)), "config.json from the hub"
     return None
 
 
@@ -86,22 +85,22 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); fetch the model's config.json again") from error
+    return _trainable(config, path)
+
+
+def _trainable(config: Any, place: Path | str) -> dict[str, Any]:
+    """Return the config of the language model in what a ``config.json`` holds, see :func:`read_config`."""
     if not isinstance(config, dict):
-        raise UserError(f"{path}: holds {type(config).__name__}; expected an object; fetch it again")
-    _refuse_quantised(config, path)
-    return _language_model(config)
-
-
-def _refuse_quantised(config: Mapping[str, Any], place: Path | str) -> None:
-    """Such a base would be trained as its file says, whatever the recipe, the plan and the paper's table say."""
+        raise UserError(f"{place}: holds {type(config).__name__}; expected an object; fetch it again")
     stored = config.get("quantization_config")
-    if stored:
+    if stored:  # it would be trained as its file says, whatever the recipe, the plan and the paper's table say
         method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
         raise UserError(
             f"{place}: the model's weights are stored quantised (quantization_config of its config.json, quant_method: "
             f"{method}); expected unquantised ones, which the recipe's quantization_config quantises while they are "
             "loaded: set model.model_name_or_path to the model that this one was made from"
         )
+    return _language_model(config)
 
 
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _fetched(hub_id: str, revision: str) -> dict[str, Any] | None:
     try:
         url = hf_hub_url(hub_id, "config.json", revision=revision)
         with urlopen(Request(url, headers=build_hf_headers()), timeout=HUB_SECONDS) as answer:
-            return _language_model(json.load(answer))
+            return json.load(answer)
     except Exception:
         return None
 

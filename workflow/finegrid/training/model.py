@@ -33,7 +33,7 @@ def load_base(settings: RunSettings, folder: Path, device: torch.device | str) -
     """
     from transformers import AutoModelForCausalLM
 
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():  # for what it refuses: a run's command can be called without a plan
         read_config(folder / "config.json")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
